@@ -1,0 +1,227 @@
+"""Recipe, flags and ``--set`` to one checked configuration; the later one wins.
+
+All faults come in one message, each with its dotted path and, for a near miss, the name that was meant.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from rlhfkit.config.stages import GenerateConfig, PpoConfig, RmConfig, SftConfig
+from rlhfkit.errors import ConfigError
+
+ConfigT = TypeVar("ConfigT", SftConfig, RmConfig, PpoConfig, GenerateConfig)
+NOT_RESOLVED = ("resume", "plan")  # say how to start, not what to compute
+
+
+@dataclass(frozen=True, slots=True)
+class FieldPath:
+    """A field of a configuration: its dotted path, its definition and the block it stands in ('' at the top)."""
+
+    path: str
+    info: FieldInfo
+    block: str
+
+    @property
+    def flag(self) -> str | None:
+        extra = self.info.json_schema_extra
+        return str(extra["flag"]) if isinstance(extra, dict) and extra.get("flag") else None
+
+
+def iterate_fields(cls: type[BaseModel], prefix: str = "") -> Iterator[FieldPath]:
+    """All leaf fields of a configuration class, blocks opened."""
+    for name, info in cls.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from iterate_fields(info.annotation, f"{prefix}{name}.")
+        else:
+            yield FieldPath(f"{prefix}{name}", info, prefix.rstrip("."))
+
+
+def load_config(
+    cls: type[ConfigT],
+    *,
+    recipe: str | None = None,
+    flags: Mapping[str, Any] | None = None,
+    sets: Sequence[str] = (),
+) -> ConfigT:
+    """The configuration of a stage.
+
+    Args:
+        cls: the stage's configuration class.
+        recipe: path of a YAML recipe, or its bare name (see `find_recipe`).
+        flags: dotted path -> value, as given on the command line.
+        sets: ``a.b=c`` strings.
+
+    Raises:
+        ConfigError: every fault found, in one message.
+    """
+    faults: list[str] = []
+    raw = read_recipe(recipe) if recipe else {}
+    stage = cls.model_fields["stage"].default
+    if raw.get("stage", stage) != stage:
+        raise ConfigError(
+            f"{recipe}: this recipe is for stage '{raw['stage']}', not '{stage}'",
+            hint=f"rlhfkit {raw['stage']} {recipe}",
+        )
+    for path, value in (flags or {}).items():
+        _assign(raw, path, value, faults)
+    for text in sets:
+        path, equals, value = text.partition("=")
+        if not equals or not path.strip():
+            faults.append(f"--set {text}: write it as a.b=value")
+            continue
+        try:
+            _assign(raw, path.strip(), yaml.safe_load(value), faults)
+        except yaml.YAMLError:
+            faults.append(f"--set {text}: the value is no YAML")
+
+    config, field_faults = _validate(cls, raw)
+    faults += field_faults
+    if config is not None:
+        faults += [f"{path}: {words}" for path, words in config.problems()]
+    if faults or config is None or field_faults:
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        where = f" (recipe {recipe})" if recipe else ""
+        raise ConfigError(
+            f"{count} in the configuration{where}:\n" + "\n".join(f"  {fault}" for fault in faults),
+            hint=f"all options: rlhfkit {stage} --help",
+        )
+    return config
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe by path, or by bare name in configs/ and examples/ of the working directory.
+
+    Raises:
+        ConfigError: none or several found.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    stem = name if name.endswith((".yaml", ".yml")) else f"{name}.yaml"
+    candidates = [Path("configs") / stem, *sorted(Path("examples").glob(f"**/{stem}"))]
+    found = [p for p in candidates if p.is_file()]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ConfigError(
+            f"several recipes are called '{name}': {', '.join(map(str, found))}", hint="give the path of one"
+        )
+    known = sorted({p.stem for folder in ("configs", "examples") for p in Path(folder).glob("**/*.yaml")})
+    near = difflib.get_close_matches(name, known, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"looked for {name}, configs/{stem} and examples/**/{stem}"
+    raise ConfigError(f"no recipe called '{name}'", hint=hint)
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The mapping in a recipe file.
+
+    Raises:
+        ConfigError: no such file, no YAML, or no mapping.
+    """
+    path = find_recipe(name)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no YAML: {str(error).replace(chr(10), ' ')}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8: {error}") from error
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds a {type(raw).__name__}, not a mapping of blocks", hint="see examples/")
+    return raw
+
+
+def dump_config(config: BaseModel) -> str:
+    """A configuration as a YAML recipe that repeats the run."""
+    data = config.model_dump(mode="json")
+    for name in NOT_RESOLVED:
+        data.get("run", {}).pop(name, None)
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+
+
+def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted paths at which two dumped configurations differ."""
+    paths: list[str] = []
+    for key in {**old, **new}:
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            paths += differing_keys(a, b, f"{prefix}{key}.")
+        elif a != b:
+            paths.append(f"{prefix}{key}")
+    return paths
+
+
+def _assign(raw: dict[str, Any], path: str, value: Any, faults: list[str]) -> None:
+    *blocks, leaf = path.split(".")
+    target = raw
+    for block in blocks:
+        inner = target.setdefault(block, {})
+        if not isinstance(inner, dict):
+            faults.append(f"{path}: '{block}' is a value, not a block")
+            return
+        target = inner
+    target[leaf] = value
+
+
+def _validate(cls: type[ConfigT], raw: dict[str, Any]) -> tuple[ConfigT | None, list[str]]:
+    """The configuration, and its faults field by field.
+
+    With faulty fields put back to their defaults the rest is still checked, so that one message names everything.
+    """
+    try:
+        return cls.model_validate(raw), []
+    except ValidationError as error:
+        faults = []
+        repaired = _copy(raw)
+        for fault in error.errors():
+            path = ".".join(str(part) for part in fault["loc"])
+            faults.append(f"{path}: {_words(cls, path, fault)}")
+            _drop(repaired, fault["loc"])
+        try:
+            return cls.model_validate(repaired), faults
+        except ValidationError:
+            return None, faults
+
+
+def _words(cls: type[BaseModel], path: str, fault: Any) -> str:
+    if fault["type"] != "extra_forbidden":
+        found = fault.get("input")
+        shown = f" (found {found!r})" if not isinstance(found, dict) else ""
+        message = str(fault["msg"])
+        return message[0].lower() + message[1:] + shown
+    paths = [field.path for field in iterate_fields(cls)]
+    leaf = path.rsplit(".", 1)[-1]
+    flags = {(field.flag or "").removeprefix("--").replace("-", "_"): field.path for field in iterate_fields(cls)}
+    meant = [p for p in paths if p.rsplit(".", 1)[-1] == leaf] or [flags[leaf]] if leaf in flags else []
+    meant = meant or difflib.get_close_matches(path, paths, n=2, cutoff=0.75)
+    if not meant:
+        leaves = {p.rsplit(".", 1)[-1]: p for p in paths}
+        meant = [leaves[name] for name in difflib.get_close_matches(leaf, leaves, n=2, cutoff=0.75)]
+    return "unknown key" + (f"; did you mean {' or '.join(meant)}?" if meant else "")
+
+
+def _copy(raw: Any) -> Any:
+    return {k: _copy(v) for k, v in raw.items()} if isinstance(raw, dict) else raw
+
+
+def _drop(raw: dict[str, Any], loc: Sequence[int | str]) -> None:
+    """Remove the value at ``loc``, or the nearest thing above it that a mapping holds."""
+    target: Any = raw
+    for part in loc[:-1]:
+        if not isinstance(target, dict) or not isinstance(target.get(str(part)), dict):
+            if isinstance(target, dict):
+                target.pop(str(part), None)
+            return
+        target = target[str(part)]
+    if isinstance(target, dict):
+        target.pop(str(loc[-1]), None)

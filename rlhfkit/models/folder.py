@@ -1,0 +1,134 @@
+"""What a model path names: a folder, a hub id, or a LoRA folder with its base."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhfkit.errors import ModelError
+
+RECORD = "rlhfkit.json"  # what a run of ours writes beside its weights
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "qwen.tiktoken")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where the parts of a model are.
+
+    Args:
+        path: what the user named.
+        base: folder or hub id of the weights.
+        adapter: LoRA folder on top of it, or None.
+        config: the base's config.json.
+        record: `rlhfkit.json` of the folder the user named, empty if there is none.
+    """
+
+    path: str
+    base: str
+    adapter: str | None
+    config: dict[str, Any]
+    record: dict[str, Any]
+
+    @property
+    def tokenizer_path(self) -> str:
+        """The adapter's own tokenizer if it has one: it may hold tokens that the base does not know."""
+        if self.adapter is not None and has_tokenizer(self.adapter):
+            return self.adapter
+        return self.base
+
+    @property
+    def is_reward_model(self) -> bool:
+        return self.record.get("stage") == "rm" or any(
+            "SequenceClassification" in name for name in self.config.get("architectures") or ()
+        )
+
+
+def has_tokenizer(folder: str) -> bool:
+    return any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def open_model(path: str, *, adapter: str = "") -> ModelSource:
+    """Find out what ``path`` is, reading no weights.
+
+    Args:
+        path: folder or hub id; may be empty when ``adapter`` names its base itself.
+        adapter: a LoRA folder to put on top.
+
+    Raises:
+        ModelError: nothing there, no config, no tokenizer, or a LoRA folder whose base cannot be found.
+    """
+    named = path or adapter
+    folder = Path(named).expanduser()
+    if not folder.is_dir() and _looks_local(named):
+        near = sorted(p.name for p in folder.parent.glob("*") if p.is_dir())[:8] if folder.parent.is_dir() else []
+        raise ModelError(
+            f"no model folder at {named}",
+            hint=f"in {folder.parent}: {', '.join(near)}"
+            if near
+            else "check the path, or give a hub id such as owner/name",
+        )
+    record = _read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
+    if folder.is_dir() and (folder / "adapter_config.json").is_file():
+        if adapter and path:
+            raise ModelError(f"{path} is a LoRA folder itself", hint="give the base as --model, or leave --adapter out")
+        base = str(_read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "")
+        return _with_adapter(named, base, str(folder), record)
+    if adapter:
+        adapter_folder = Path(adapter).expanduser()
+        if not (adapter_folder / "adapter_config.json").is_file():
+            raise ModelError(f"{adapter} is no LoRA folder: it has no adapter_config.json")
+        record = _read_json(adapter_folder / RECORD) if (adapter_folder / RECORD).is_file() else {}
+        return _with_adapter(adapter, path, str(adapter_folder), record)
+    return ModelSource(named, named, None, _read_config(named), record)
+
+
+def _with_adapter(named: str, base: str, adapter: str, record: dict[str, Any]) -> ModelSource:
+    if not base or (_looks_local(base) and not Path(base).is_dir()):
+        raise ModelError(
+            f"{named} is a LoRA folder whose base '{base}' is not there",
+            hint="move the base back, or mend base_model_name_or_path in adapter_config.json",
+        )
+    return ModelSource(named, base, adapter, _read_config(base), record)
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+            raise ModelError(
+                f"{path} is no model folder: it has no config.json (found: {found})",
+                hint="a run's model is in its final/ folder; a broken one is mended by: rlhfkit fix-checkpoint SRC DST",
+            )
+        return _read_json(folder / "config.json")
+    from transformers import PretrainedConfig
+
+    try:
+        config, _ = PretrainedConfig.get_config_dict(path)
+    except OSError as error:
+        import os
+
+        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        raise ModelError(
+            f"'{path}' is no folder here, and {endpoint} did not give it: {str(error).splitlines()[0]}",
+            hint="check the name; try a mirror with --hf-endpoint, or download the model and give its folder",
+        ) from error
+    return dict(config)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(
+            f"{path} is no valid JSON: {error}", hint="restore it from the original model folder"
+        ) from error
+    if not isinstance(data, dict):
+        raise ModelError(f"{path} holds a {type(data).__name__}, not an object")
+    return data
+
+
+def _looks_local(path: str) -> bool:
+    return path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).exists()

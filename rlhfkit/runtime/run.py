@@ -1,0 +1,421 @@
+"""A run: its folder, its records, its checkpoints, and how it stops.
+
+runs/sft/config.resolved.yaml   metrics.jsonl   samples.jsonl   tensorboard/   checkpoints/step-N/   final/
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import resource
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+from torch import Tensor
+
+from rlhfkit.config.load import differing_keys, dump_config
+from rlhfkit.config.stages import StageConfig
+from rlhfkit.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError
+from rlhfkit.models.precision import DTYPES, Resolved, resolve_precision
+from rlhfkit.runtime.checkpoint import checkpoint_folders, load_checkpoint, save_checkpoint, save_only_what_trains
+from rlhfkit.runtime.screen import Screen, quiet_libraries
+
+# Keys that change what is written or how fast, but not which weights come out.
+FREE_ON_RESUME = {
+    "run.out", "run.keep", "run.log_every", "run.save_every", "run.eval_every", "run.trackers",
+    "optim.micro_batch_tokens", "optim.gradient_checkpointing", "model.hf_endpoint", "data.eval",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class StageResult:
+    """What a stage leaves behind: the run folder, the model in it, and the last metrics."""
+
+    out: Path
+    final: Path
+    metrics: dict[str, Any]
+
+
+@dataclass
+class Run:
+    """Made by `start_run`; the stages talk to it."""
+
+    config: StageConfig
+    accelerator: Accelerator
+    screen: Screen
+    precision: Resolved
+    out: Path
+    step: int = 0  # last finished step
+    resumed_from: int | None = None
+    tokens_total: int = 0
+    seconds_total: float = 0.0
+    interrupted: bool = False
+    fingerprint: str = ""
+    _last: dict[str, Any] = field(default_factory=dict)
+    _step_started: float = 0.0
+
+    # -- facts -------------------------------------------------------------------------------------------------------
+
+    @property
+    def is_main(self) -> bool:
+        return bool(self.accelerator.is_main_process)
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def rank(self) -> int:
+        return int(self.accelerator.process_index)
+
+    @property
+    def world(self) -> int:
+        return int(self.accelerator.num_processes)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the computation, and of weights that do not train."""
+        return DTYPES[self.precision]
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """For passes outside the prepared module; None computes in the weights' own format."""
+        return None if self.precision == "fp32" else self.dtype
+
+    # -- data --------------------------------------------------------------------------------------------------------
+
+    def note_data(self, rows: Iterable[bytes]) -> None:
+        """Remember what the data was, so that a resume on other rows is refused."""
+        digest = hashlib.sha256()
+        for row in rows:
+            digest.update(row)
+        self.fingerprint = digest.hexdigest()[:16]
+
+    # -- resume ------------------------------------------------------------------------------------------------------
+
+    def begin(self, load_state: Callable[[dict[str, Any]], None]) -> None:
+        """Open the run folder, now that data and model are known to be good; with ``--resume`` go back to the newest
+        complete checkpoint, or say that there is none.
+
+        Raises:
+            CheckpointError: a damaged checkpoint, or other data than it was made with.
+        """
+        if self.is_main:
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / "config.resolved.yaml").write_text(dump_config(self.config), encoding="utf-8")
+        trackers = [t for t in self.config.run.trackers if t != "none"]
+        if trackers:
+            self.accelerator.init_trackers(
+                "tensorboard" if trackers == ["tensorboard"] else "rlhfkit", config=_flat(self.config)
+            )
+        if not self.config.run.resume:
+            return
+        folders = checkpoint_folders(self.out)
+        if not folders:
+            self.screen.line(f"no checkpoint in {self.out} yet: starting from the beginning")
+            self._truncate_records(0)
+            return
+        state = load_checkpoint(self.accelerator, folders[-1])
+        if state["fingerprint"] != self.fingerprint:
+            raise CheckpointError(
+                f"the training data is not what it was when {folders[-1]} was written",
+                hint="restore the data files, or start a new run with another --out",
+            )
+        if state["world"] != self.world:
+            self.screen.line(
+                f"note: the run was started with {state['world']} processes and goes on with {self.world}; "
+                "results agree to rounding, not bit for bit"
+            )
+        self.step = self.resumed_from = int(state["step"])
+        self.tokens_total, self.seconds_total = int(state["tokens_total"]), float(state["seconds_total"])
+        self._last = dict(state["last_metrics"])
+        load_state(state["stage"])
+        self._truncate_records(self.step)
+        self.screen.line(f"resumed from {folders[-1]}")
+
+    def _truncate_records(self, step: int) -> None:
+        """Drop what was recorded after the checkpoint: those steps are done again."""
+        if not self.is_main:
+            return
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path = self.out / name
+            if path.is_file():
+                kept = []
+                for text in path.read_text(encoding="utf-8").splitlines():
+                    try:  # a killed run may leave half a line
+                        row = json.loads(text)
+                    except json.JSONDecodeError:
+                        continue
+                    if row.get("step", 0) <= step and row.get("event") != "end":
+                        kept.append(text + "\n")
+                path.write_text("".join(kept), encoding="utf-8")
+
+    # -- stepping ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def steps(self, what: str, total: int) -> Iterator[Iterator[int]]:
+        """The numbers of the steps still to do, with progress on the screen and Ctrl-C held until a step is whole."""
+
+        def numbers() -> Iterator[int]:
+            while self.step < total:
+                self._step_started = time.perf_counter()
+                yield self.step + 1
+
+        def on_interrupt(signum: int, frame: object) -> None:
+            if self.interrupted:  # the second time people mean it
+                raise KeyboardInterrupt
+            self.interrupted = True
+            self.screen.line("stopping after this step; press Ctrl-C again to stop at once without saving")
+
+        old = signal.signal(signal.SIGINT, on_interrupt)
+        try:
+            with self.screen.steps(what, total, self.step):
+                yield numbers()
+        finally:
+            signal.signal(signal.SIGINT, old)
+
+    def finish_step(
+        self,
+        step: int,
+        total: int,
+        metrics: dict[str, Any],
+        *,
+        shown: tuple[str, ...],
+        state: Callable[[], dict[str, Any]],
+        evaluate: Callable[[], dict[str, Any]] | None = None,
+    ) -> None:
+        """Record a step; evaluate and save where due; stop here if asked to.
+
+        Args:
+            step: its number.
+            total: number of the last step.
+            metrics: what the stage measured, ``tokens`` (this step's) among them.
+            shown: metrics that go on the screen.
+            state: what the stage needs to resume, called when a checkpoint is due.
+            evaluate: further metrics, called when an evaluation is due.
+
+        Raises:
+            Interrupted: after Ctrl-C, with everything saved.
+            NonFiniteError: a loss or gradient is NaN or infinite.
+        """
+        run = self.config.run
+        self.step = step
+        seconds = time.perf_counter() - self._step_started
+        self.seconds_total += seconds
+        self.tokens_total += int(metrics["tokens"])
+        record = {
+            "step": step,
+            **metrics,
+            "tokens_total": self.tokens_total,
+            "seconds": seconds,
+            "tokens_per_second": metrics["tokens"] / seconds,
+            "peak_memory_gib": peak_memory_gib(self.device),
+        }
+        self._refuse_non_finite(record)
+        if evaluate is not None and (step == total or (run.eval_every and step % run.eval_every == 0)):
+            record |= evaluate()
+        self.record(record)
+        self.screen.step(step, total, record, shown, speak=step % run.log_every == 0 or step == total)
+        stop = self._anyone_interrupted()
+        if stop or step == total or (run.save_every and step % run.save_every == 0):
+            self.save(state())
+        if stop:
+            raise Interrupted(f"stopped after step {step} of {total}; everything is saved", hint=self._resume_command())
+
+    def save(self, stage_state: dict[str, Any]) -> Path:
+        """Write a checkpoint of the last finished step."""
+        state = {
+            "fingerprint": self.fingerprint,
+            "world": self.world,
+            "tokens_total": self.tokens_total,
+            "seconds_total": self.seconds_total,
+            "last_metrics": self._last,
+            "stage": stage_state,
+        }
+        return save_checkpoint(self.accelerator, self.out, self.step, state, self.config.run.keep)
+
+    def _refuse_non_finite(self, record: Mapping[str, Any]) -> None:
+        bad = [k for k in ("loss", "grad_norm") if not math.isfinite(record[k])]
+        if self.precision == "fp16" and bad == ["grad_norm"]:
+            return  # the loss scaler found its limit and skipped the step; that is its way of working
+        if bad:
+            folders = checkpoint_folders(self.out)
+            last = f"the last good checkpoint is {folders[-1]}" if folders else "there is no checkpoint yet"
+            raise NonFiniteError(
+                f"{' and '.join(bad)} at step {record['step']} is not finite ({last})",
+                hint="lower --lr, or compute in another format: --precision bf16 or fp32",
+            )
+
+    def _anyone_interrupted(self) -> bool:
+        if self.world == 1:
+            return self.interrupted
+        # The signal may reach processes in different steps; they have to stop after the same one.
+        flags = self.accelerator.gather(torch.tensor([int(self.interrupted)], device=self.device))
+        return bool(flags.any())
+
+    def _resume_command(self) -> str:
+        return "go on with: " + command_line("--resume")
+
+    # -- records -----------------------------------------------------------------------------------------------------
+
+    def record(self, metrics: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl and hand the numbers to the trackers."""
+        self._last = {**self._last, **metrics}
+        if self.is_main:
+            append_json(self.out / "metrics.jsonl", metrics)
+        numbers = {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and k != "step"}
+        self.accelerator.log(numbers, step=metrics.get("step", self.step))
+
+    def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append to samples.jsonl."""
+        if self.is_main:
+            for row in rows:
+                append_json(self.out / "samples.jsonl", {"step": self.step, **row})
+
+    def sum_over_processes(self, values: Sequence[float]) -> list[float]:
+        """Add numbers up over all processes."""
+        if self.world == 1:
+            return [float(v) for v in values]
+        # MPS has no float64; everything else does, and counts of tokens need it.
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        total: Tensor = self.accelerator.reduce(torch.tensor(values, dtype=dtype, device=self.device), reduction="sum")
+        return [float(v) for v in total.tolist()]
+
+    def finish(self, write_model: Callable[[Path], None]) -> StageResult:
+        """Write ``final/`` and the end line."""
+        final = self.out / "final"
+        partial = self.out / ".partial-final"
+        if self.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+        self.accelerator.wait_for_everyone()
+        write_model(partial)
+        self.accelerator.wait_for_everyone()
+        if self.is_main:
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(partial, final)
+            end = {k: v for k, v in self._last.items() if k != "seconds"}
+            totals = {"seconds_total": self.seconds_total, "tokens_total": self.tokens_total}
+            append_json(
+                self.out / "metrics.jsonl", {"event": "end", **end, **totals, "resumed_from": self.resumed_from}
+            )
+            self.screen.line(f"done: {final}")
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        return StageResult(self.out, final, dict(self._last))
+
+
+def start_run(config: StageConfig) -> Run:
+    """Devices, number format, seed and run folder.
+
+    Raises:
+        ConfigError: the folder holds a run already, or a resume with other settings.
+    """
+    quiet_libraries()
+    out = Path(config.out)
+    trackers = [t for t in config.run.trackers if t != "none"]
+    # Knows the device before the number format is chosen, which can be chosen only once in a process.
+    precision = resolve_precision(config.model.precision, PartialState().device)
+    AcceleratorState._reset_state()  # stages may follow each other in one process, as in `rlhfkit demo`
+    accelerator = Accelerator(
+        mixed_precision={"fp32": "no"}.get(precision, precision), log_with=trackers or None, project_dir=str(out)
+    )
+    screen = Screen(speaks=accelerator.is_main_process)
+    check_folder(config, out)
+    accelerator.wait_for_everyone()  # nobody writes before everybody has looked
+    # The same on every process: all build the same new weights. Data order and sampling have seeds of their own.
+    set_seed(config.run.seed)
+    save_only_what_trains(accelerator)
+    processes = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
+    screen.line(f"rlhfkit {config.stage}: {accelerator.device.type}, {precision}{processes}, run folder {out}")
+    return Run(config=config, accelerator=accelerator, screen=screen, precision=precision, out=out)
+
+
+def check_folder(config: StageConfig, out: Path) -> None:
+    """Refuse to write over a run, or to resume one with settings that would change its result.
+
+    Raises:
+        ConfigError: see above; says both ways on.
+    """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"run.out: {out} is a file, not a folder", hint="give another --out")
+    resolved = out / "config.resolved.yaml"
+    if not config.run.resume:
+        if any((out / name).exists() for name in ("metrics.jsonl", "checkpoints", "final")):
+            raise ConfigError(
+                f"run.out: {out} holds a run already",
+                hint="go on with it: --resume; or start another: --out OTHER_FOLDER",
+            )
+        return
+    if resolved.is_file():
+        old = yaml.safe_load(resolved.read_text(encoding="utf-8")) or {}
+        new = yaml.safe_load(dump_config(config))
+        changed = [key for key in differing_keys(old, new) if key not in FREE_ON_RESUME]
+        if changed:
+            values = "; ".join(f"{key}: {_at(old, key)!r} -> {_at(new, key)!r}" for key in changed)
+            raise ConfigError(
+                f"--resume with other settings would give another result: {values}",
+                hint=f"repeat the run's own: --config {resolved} --resume; or start another with --out",
+            )
+
+
+def finished_result(config: StageConfig) -> StageResult | None:
+    """The result of a run that is finished already, when it is asked to resume."""
+    out = Path(config.out)
+    check_folder(config, out)
+    metrics = out / "metrics.jsonl"
+    if not (config.run.resume and metrics.is_file() and (out / "final").is_dir()):
+        return None
+    lines = metrics.read_text(encoding="utf-8").splitlines()
+    end = json.loads(lines[-1]) if lines and '"event": "end"' in lines[-1] else None
+    return StageResult(out, out / "final", end) if end is not None else None
+
+
+def append_json(path: Path, row: Mapping[str, Any]) -> None:
+    """One JSON object as one line, at once, so that a killed run keeps its records."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held so far: the GPU's allocator's, or the process's on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def command_line(extra: str) -> str:
+    """The command that was typed, with one more flag."""
+    words = [w for w in sys.argv[1:] if w != extra]
+    return shlex.join(["rlhfkit", *words, extra])
+
+
+def _flat(config: StageConfig) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for block, values in config.model_dump(mode="json").items():
+        for key, value in values.items() if isinstance(values, dict) else [(block, values)]:
+            name = f"{block}.{key}" if isinstance(values, dict) else block
+            flat[name] = value if isinstance(value, (int, float, str, bool)) else str(value)
+    return flat
+
+
+def _at(data: Any, path: str) -> Any:
+    for key in path.split("."):
+        data = data.get(key) if isinstance(data, dict) else None
+    return data

@@ -1,0 +1,437 @@
+"""Proximal policy optimisation on a language model, for one GPU or one CPU.
+
+Each step: prompts -> n sampled answers each -> scores -> KL to the reference -> advantages -> epochs of clipped
+updates. Schulman et al. 2017 (PPO); Ziegler et al. 2019 and Ouyang et al. 2022 (on language models); Huang et al. 2024
+(the details that matter).
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate.utils import DistributedType, gather_object
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rlhfkit.algo.advantages import gae, grpo, moments, rloo, whiten
+from rlhfkit.algo.kl import KlController, kl_estimate
+from rlhfkit.algo.losses import policy_loss, value_loss
+from rlhfkit.algo.rewards import RunningMoments, apply_missing_eos_penalty, token_rewards
+from rlhfkit.chat.messages import last_user_text
+from rlhfkit.config.stages import PpoConfig
+from rlhfkit.data.batch import TokenBatch, share
+from rlhfkit.data.records import PromptRecord
+from rlhfkit.data.tokenize import PromptRow, tokenize_prompts
+from rlhfkit.errors import ConfigError
+from rlhfkit.models.load import LoadedModel, Task, TextSide, backbone, load_model, reward_head
+from rlhfkit.models.reward_sources import ModelReward, WeightedReward, open_rewards
+from rlhfkit.models.sampling import SamplingSettings
+from rlhfkit.models.save import save_model
+from rlhfkit.models.wrappers import PolicyModel, PolicyOutput
+from rlhfkit.runtime.optim import Optimisation, StepResult
+from rlhfkit.runtime.run import Run, StageResult, finished_result, start_run
+from rlhfkit.stages.common import load_for_training, open_text_side, read_records, say_report
+from rlhfkit.stages.episodes import (
+    Episode,
+    Rollout,
+    by_tokens,
+    collate_episodes,
+    look_back,
+    sample_episodes,
+    score_episodes,
+    stack,
+)
+
+SHOWN = ("reward_mean", "kl", "response_tokens", "eos_rate", "loss", "eval_reward_mean")
+ROLLOUT_BATCH = 64  # answers sampled together; the cache of keys and values grows with it
+SAMPLES = 8  # episodes written to samples.jsonl at each evaluation
+EVALUATION = 2**30  # evaluation rollouts have this in place of the step in their seed: always the same noise
+
+
+class Targets(NamedTuple):
+    """What the update aims at; all [E, T]."""
+
+    advantages: Tensor
+    returns: Tensor
+
+
+class UpdateBatch(NamedTuple):
+    """A micro-batch of episodes for the update; [N] are answer tokens in the order of the batch's positions."""
+
+    tokens: TokenBatch
+    old_logprobs: Tensor  # [N]
+    ref_logprobs: Tensor  # [N]
+    old_values: Tensor  # [N]
+    advantages: Tensor  # [N]
+    returns: Tensor  # [N]
+
+
+def run(config: PpoConfig) -> StageResult:
+    """Train; see the module's first lines. ``final/`` holds the policy, ``value/`` its value function."""
+    if (done := finished_result(config)) is not None:
+        return done
+    run = start_run(config)
+    ppo = config.ppo
+    if run.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ConfigError(
+            "PPO samples token by token, which sharded weights make too slow to offer",
+            hint="launch it with plain data parallelism (DDP); --quantize 4bit with --lora-rank saves more memory",
+        )
+
+    # 1. Prompts.
+    source, text = open_text_side(config)
+    rows = _read(config, config.data.train, text, run, "training")
+    held_out = _read(config, config.data.eval, text, run, "held out")
+    run.note_data(row.prompt.tobytes() for row in rows)
+
+    # 2. Policy, reference, value function, rewards.
+    loaded = load_for_training(config, run, source, text, "causal")
+    reference = _reference(loaded, run)
+    reward = open_rewards(
+        ppo.reward,
+        device=run.device,
+        dtype=run.dtype,
+        micro_batch_tokens=config.optim.micro_batch_tokens,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    policy = _policy(config, run, loaded, reward)
+    settings = SamplingSettings(
+        ppo.max_new_tokens, ppo.temperature, text.tokens.stop_ids, vocabulary=len(text.tokenizer)
+    )
+
+    # 3. Optimiser and the state that a resume needs.
+    per_step = ppo.rollout_size // ppo.samples_per_prompt  # prompts
+    episodes_wanted = ppo.episodes or round(config.optim.epochs * len(rows)) * ppo.samples_per_prompt
+    total = max(1, -(-episodes_wanted // ppo.rollout_size))
+    total = min(total, config.optim.max_steps) if config.optim.max_steps else total
+    minibatches = ppo.rollout_size // config.minibatch_size
+    update = Optimisation(run.accelerator, policy, config.optim, total * ppo.ppo_epochs * minibatches)
+    controller = KlController(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
+    running = RunningMoments()
+
+    def state() -> dict[str, Any]:
+        return {**update.state_dict(), "kl_coef": controller.coef, "running": vars(running)}
+
+    def load_state(stored: dict[str, Any]) -> None:
+        update.load_state_dict(stored)
+        controller.coef = stored["kl_coef"]
+        vars(running).update(stored["running"])
+
+    run.begin(load_state)
+
+    def roll_out(prompts: Sequence[PromptRow], samples: int, seed: tuple[int, ...]) -> tuple[Rollout, dict[str, float]]:
+        """Sample, score and look back; processes share the work by prompt and exchange the results."""
+        started = time.perf_counter()
+        indexed = [(i * samples + k, row) for i, row in enumerate(prompts) for k in range(samples)]
+        mine = [item for item in indexed if item[0] // samples % run.world == run.rank]
+        policy.eval()
+        episodes = sample_episodes(
+            loaded.model, mine, text, settings, seed=seed, batch_size=ROLLOUT_BATCH, autocast=run.autocast
+        )
+        sampled = time.perf_counter()
+        score_episodes(episodes, reward)
+        look_back(
+            episodes,
+            policy,
+            reference,
+            settings,
+            pad_id=text.tokens.pad_id,
+            device=run.device,
+            micro_batch_tokens=config.optim.micro_batch_tokens,
+            autocast=run.autocast,
+        )
+        everyone = gather_object(episodes) if run.world > 1 else episodes
+        rollout = stack(sorted(everyone, key=lambda e: e.index), run.device)
+        scored = time.perf_counter()
+        return rollout, {"seconds_rollout": sampled - started, "seconds_score": scored - sampled}
+
+    def evaluate() -> dict[str, Any]:
+        if not held_out:
+            return {}
+        rollout, _ = roll_out(held_out, 1, (config.run.seed, EVALUATION))
+        run.samples([_sample(e) for e in rollout.episodes[:SAMPLES]])
+        return {f"eval_{name}": value for name, value in _describe(rollout).items()}
+
+    if run.step == 0 and held_out:
+        before = evaluate()
+        run.record({"step": 0, **before})
+        run.screen.line(f"before training: eval_reward_mean {before['eval_reward_mean']:.4f}")
+
+    # 4. The loop.
+    with run.steps("ppo", total) as steps:
+        for step in steps:
+            prompts = [rows[i] for i in prompts_of_step(len(rows), per_step, config.run.seed, step)]
+            rollout, seconds = roll_out(prompts, ppo.samples_per_prompt, (config.run.seed, step))
+            scores = _shape_scores(rollout, config, running)
+            targets = _targets(rollout, scores, controller.coef, config)
+            started = time.perf_counter()
+            lr, kl_coef = update.lr, controller.coef
+            measured = _update(rollout, targets, update, config, run, settings, text.tokens.pad_id, step, kl_coef)
+            metrics = {
+                **measured,
+                "lr": lr,
+                "tokens": int(rollout.mask.sum()),
+                "episodes": step * ppo.rollout_size,
+                **_describe(rollout),
+                "kl_coef": kl_coef,
+                "value_explained_variance": _explained_variance(rollout, targets) if ppo.advantage == "gae" else None,
+                **seconds,
+                "seconds_update": time.perf_counter() - started,
+            }
+            controller.update(metrics["kl"], ppo.rollout_size)
+            run.finish_step(step, total, metrics, shown=SHOWN, state=state, evaluate=evaluate)
+
+    # 5. The result.
+    _save_value(update.module, run)
+    return run.finish(lambda folder: save_model(folder, run.accelerator, update.module, loaded, "ppo", {}))
+
+
+# -- the update --------------------------------------------------------------------------------------------------------
+
+
+def _update(
+    rollout: Rollout,
+    targets: Targets,
+    update: Optimisation,
+    config: PpoConfig,
+    run: Run,
+    settings: SamplingSettings,
+    pad_id: int,
+    step: int,
+    kl_coef: float,
+) -> dict[str, Any]:
+    """Epochs of minibatches over one rollout; means over everything that was done."""
+    ppo = config.ppo
+    names = ("policy_loss", "value_loss", "clip_fraction", "ratio_mean", "entropy", "approx_kl")
+    totals = dict.fromkeys(names, 0.0)
+    results: list[StepResult] = []
+    shuffled = np.random.default_rng((config.run.seed, step, 1))
+    update.module.train()
+    ratio_first = None
+    passes = 0
+    while passes < ppo.ppo_epochs:
+        passes += 1
+        order = shuffled.permutation(len(rollout.episodes))
+        kl_of_epoch = []
+        for minibatch in order.reshape(-1, config.minibatch_size):
+            tokens = int(rollout.mask[torch.as_tensor(minibatch, device=rollout.mask.device)].sum())
+            mine = share(minibatch.tolist(), run.rank, run.world)
+            micro_batches = [
+                _gather(rollout, targets, group, pad_id, run.device)
+                for group in by_tokens([rollout.episodes[i] for i in mine], config.optim.micro_batch_tokens)
+            ]
+            sums = torch.zeros(len(names), device=run.device)
+
+            def loss_of(micro: UpdateBatch, n: int = tokens, sums: Tensor = sums) -> Tensor:
+                out: PolicyOutput = update.module(micro.tokens, settings.temperature, settings.vocabulary)
+                policy = policy_loss(out.logprobs, micro.old_logprobs, micro.advantages, ppo.cliprange)
+                loss = policy.loss.sum()
+                value = torch.zeros_like(loss)
+                if ppo.advantage == "gae":
+                    value = value_loss(out.values, micro.old_values, micro.returns, ppo.value_cliprange).sum()
+                    loss = loss + ppo.value_coef * value
+                if ppo.advantage == "grpo":  # there the KL is part of the loss, not of the reward
+                    loss = loss + kl_coef * kl_estimate(out.logprobs, micro.ref_logprobs, ppo.kl_estimator).sum()
+                if ppo.entropy_coef:
+                    loss = loss - ppo.entropy_coef * out.entropy.sum()
+                with torch.no_grad():
+                    moved = kl_estimate(micro.old_logprobs, out.logprobs.detach(), "k3").sum()
+                    sums += torch.stack(
+                        [policy.loss.sum(), value, policy.clipped.sum(), policy.ratio.sum(), out.entropy.sum(), moved]
+                    ).detach()
+                return loss / n
+
+            first = [rollout.episodes[int(minibatch[0])]]
+            result = update.step(micro_batches, loss_of, spare=_gather(rollout, targets, first, pad_id, run.device))
+            means = [v / tokens for v in run.sum_over_processes(sums.tolist())]
+            for name, value in zip(names, means, strict=True):
+                totals[name] += value
+            ratio_first = means[3] if ratio_first is None else ratio_first
+            kl_of_epoch.append(means[5])
+            results.append(result)
+        if ppo.early_stop_kl and np.mean(kl_of_epoch) > ppo.early_stop_kl:
+            break
+    count = len(results)
+    return {
+        "loss": sum(r.loss for r in results) / count,
+        "grad_norm": sum(r.grad_norm for r in results) / count,
+        **{name: total / count for name, total in totals.items()},
+        "ratio_first": ratio_first,
+        "ppo_epochs": passes,
+    }
+
+
+def _gather(
+    rollout: Rollout, targets: Targets, episodes: Sequence[Episode], pad_id: int, device: torch.device
+) -> UpdateBatch:
+    """Some episodes, with what was found out about each of their answer tokens."""
+    rows = torch.tensor([e.index for e in episodes], device=device)
+    mask = rollout.mask[rows]
+
+    def flat(values: Tensor) -> Tensor:
+        return values[rows][mask]
+
+    return UpdateBatch(
+        collate_episodes(episodes, pad_id, device),
+        flat(rollout.logprobs),
+        flat(rollout.ref_logprobs),
+        flat(rollout.values),
+        flat(targets.advantages),
+        flat(targets.returns),
+    )
+
+
+def _shape_scores(rollout: Rollout, config: PpoConfig, running: RunningMoments) -> Tensor:
+    """Scores [E] as the update sees them: normalised, clipped, and less where an answer was cut off."""
+    ppo, scores = config.ppo, rollout.scores
+    if ppo.reward_normalize:
+        running.update(scores)
+        scores = scores / (running.std + 1e-8)
+    if ppo.reward_clip:
+        scores = scores.clamp(-ppo.reward_clip, ppo.reward_clip)
+    return apply_missing_eos_penalty(scores, rollout.ended, ppo.missing_eos_penalty)
+
+
+def _targets(rollout: Rollout, scores: Tensor, kl_coef: float, config: PpoConfig) -> Targets:
+    """Advantages and returns of a rollout, whitened over all of it."""
+    ppo, mask = config.ppo, rollout.mask
+    kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, ppo.kl_estimator) * mask
+    if ppo.advantage == "gae":
+        rewards = token_rewards(scores, kl, mask, kl_coef)
+        found = gae(rewards, rollout.values, mask, gamma=ppo.gamma, lam=ppo.lam)
+        advantages = found.advantages
+        if ppo.whiten_advantages:
+            advantages = whiten(advantages, mask, moments(advantages, mask))
+        return Targets(advantages, found.returns)
+    if ppo.advantage == "rloo":
+        per_answer = rloo(scores - kl_coef * kl.sum(dim=1), ppo.samples_per_prompt)
+    else:
+        per_answer = grpo(scores, ppo.samples_per_prompt)
+    return Targets(per_answer[:, None] * mask, torch.zeros_like(kl))
+
+
+def prompts_of_step(count: int, per_step: int, seed: int, step: int) -> list[int]:
+    """Indices of the prompts of a step: shuffled epochs laid end to end, a pure function of seed and step."""
+    chosen = []
+    for place in range((step - 1) * per_step, step * per_step):
+        epoch, within = divmod(place, count)
+        chosen.append(int(np.random.default_rng((seed, epoch)).permutation(count)[within]))
+    return chosen
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+def _reference(loaded: LoadedModel, run: Run) -> PolicyModel | None:
+    """The policy as it is now. With adapters it is the base without them, or a frozen copy of the SFT adapter."""
+    if loaded.is_lora:
+        if loaded.source.adapter is not None:
+            loaded.model.load_adapter(loaded.source.adapter, "reference", is_trainable=False)
+            loaded.model.set_adapter("default")
+        return None
+    # Weights in the same format as the policy's: a difference in rounding would be a KL of its own.
+    frozen = copy.deepcopy(loaded.model).requires_grad_(False).eval()
+    return PolicyModel(frozen, None).to(run.device)
+
+
+def _policy(config: PpoConfig, run: Run, loaded: LoadedModel, reward: WeightedReward) -> PolicyModel:
+    ppo = config.ppo
+    entropy_gradient = ppo.entropy_coef > 0
+    if ppo.advantage != "gae":
+        return PolicyModel(loaded.model, None, entropy_gradient=entropy_gradient)
+    if ppo.value_model == "shared":
+        return PolicyModel(loaded.model, "shared", entropy_gradient=entropy_gradient)
+    return _with_value_model(config, run, loaded, reward, entropy_gradient)
+
+
+def _with_value_model(
+    config: PpoConfig, run: Run, loaded: LoadedModel, reward: WeightedReward, entropy_gradient: bool
+) -> PolicyModel:
+    """A value model of its own: starts as the reward model where that reads the same ids, else as the policy."""
+    like_policy = [
+        source.scorer
+        for _, _, source in reward.sources
+        if isinstance(source, ModelReward)
+        and source.scorer.text.tokenizer.get_vocab() == loaded.text.tokenizer.get_vocab()
+        and backbone(source.scorer.loaded.model).config.hidden_size == backbone(loaded.model).config.hidden_size
+    ]
+    start = like_policy[0].loaded if like_policy else loaded
+    task: Task = "reward" if like_policy else "causal"
+    # All its weights train, so they are float32 whatever the policy's base is held in.
+    fresh = load_model(
+        start.source,
+        start.text,
+        task,
+        lora=type(config.lora)(),
+        dtype=torch.float32,
+        gradient_checkpointing=config.optim.gradient_checkpointing,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    policy = PolicyModel(loaded.model, backbone(fresh.model), entropy_gradient=entropy_gradient)
+    if like_policy and policy.value_head is not None:
+        head = reward_head(fresh.model)
+        with torch.no_grad():
+            policy.value_head.weight.copy_(head.weight)  # type: ignore[arg-type]
+    run.screen.line(f"value model: starts as {start.source.path}")
+    return policy
+
+
+def _save_value(module: Any, run: Run) -> None:
+    """The value function, in a folder of its own: other loaders would stumble over it beside the policy."""
+    state = run.accelerator.get_state_dict(module)
+    values = {k: v.contiguous() for k, v in state.items() if k.startswith(("value_head", "value_trunk"))}
+    if run.is_main and values:
+        folder = run.out / "value"
+        folder.mkdir(exist_ok=True)
+        save_file(values, folder / "value.safetensors")
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def _describe(rollout: Rollout) -> dict[str, float]:
+    """What a rollout was like: plain scores, KL to the reference per answer in nats (k1, the unbiased one), lengths."""
+    kl = (kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k1") * rollout.mask).sum(dim=1)
+    found = {
+        "reward_mean": float(rollout.scores.mean()),
+        "reward_std": float(rollout.scores.std(correction=0)),
+        "kl": float(kl.mean()),
+        "response_tokens": float(rollout.mask.sum(dim=1).float().mean()),
+        "eos_rate": float(rollout.ended.float().mean()),
+    }
+    for name in rollout.episodes[0].components if len(rollout.episodes[0].components) > 1 else ():
+        found[f"reward/{Path(name).name}"] = sum(e.components[name] for e in rollout.episodes) / len(rollout.episodes)
+    return found
+
+
+def _explained_variance(rollout: Rollout, targets: Targets) -> float:
+    """1 - Var(return - value) / Var(return): 1 is a perfect value function, 0 one that says the mean."""
+    returns, values = targets.returns[rollout.mask], rollout.values[rollout.mask]
+    variance = float(returns.var(correction=0))
+    return 1.0 - float((returns - values).var(correction=0)) / variance if variance > 0 else 0.0
+
+
+def _sample(episode: Episode) -> dict[str, Any]:
+    return {
+        "prompt": last_user_text(episode.prompt.record.prompt),
+        "answer": episode.text,
+        "reward": episode.score,
+        "ended": episode.ended,
+    }
+
+
+def _read(config: PpoConfig, specs: list[str], text: TextSide, run: Run, what: str) -> list[PromptRow]:
+    if not specs:
+        return []
+    records: list[PromptRecord] = read_records(config, specs, run.screen, mixed=what == "training")
+    limit = min(config.ppo.max_prompt_length, config.data.max_length - config.ppo.max_new_tokens)
+    with run.screen.counting(f"tokenising {what} prompts", len(records)) as tick:
+        rows, report = tokenize_prompts(records, text.encoder, limit, tick)
+    say_report(run.screen, what, report)
+    return rows

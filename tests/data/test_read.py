@@ -1,0 +1,348 @@
+"""Reading files: every format gives the same rows, every fault names its place."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from rlhfkit.data.read import RawRow, read_rows
+from rlhfkit.errors import DataError
+
+ROWS = [{"prompt": "你好，世界", "response": 'a "b", c;\td'}, {"prompt": "two\nlines", "response": "x"}]
+JSON_LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+CSV = 'prompt,response\n"你好，世界","a ""b"", c;\td"\n"two\nlines",x\n'
+
+
+def write(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def fields(path: Path) -> list[dict[str, Any]]:
+    return [row.fields for row in read_rows(path)]
+
+
+def places(path: Path) -> list[str]:
+    return [row.where.removeprefix(str(path)) for row in read_rows(path)]
+
+
+def refusal(path: Path) -> DataError:
+    with pytest.raises(DataError) as caught:
+        list(read_rows(path))
+    return caught.value
+
+
+def message(path: Path) -> str:
+    """The refusal's message, with the path shortened to its name."""
+    return refusal(path).message.replace(f"{path.parent}/", "")
+
+
+def parquet_bytes(folder: Path, rows: list[dict[str, Any]], **options: Any) -> bytes:
+    path = folder / "made.tmp"
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path, **options)
+    content = path.read_bytes()
+    path.unlink()
+    return content
+
+
+# --- formats ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gz"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.jsonl", JSON_LINES),
+        ("lines-called.json", JSON_LINES),
+        ("no-suffix", JSON_LINES),
+        ("crlf.jsonl", JSON_LINES.replace("\n", "\r\n")),
+        ("blank-lines.jsonl", "\n" + JSON_LINES.replace("\n", "\n \n")),
+        ("bom.jsonl", "\ufeff" + JSON_LINES),
+        ("no-last-newline.jsonl", JSON_LINES.rstrip()),
+        ("rows.json", json.dumps(ROWS, ensure_ascii=False)),
+        ("indented.json", json.dumps(ROWS, indent=2)),
+        ("array-called.jsonl", json.dumps(ROWS)),
+        ("bom.json", "\ufeff " + json.dumps(ROWS)),
+        ("wrapped.json", json.dumps({"version": 1, "data": ROWS})),
+        ("wrapped-indented.json", json.dumps({"data": ROWS}, indent=1)),
+        ("comma.csv", CSV),
+        ("bom.csv", "\ufeff" + CSV),
+        ("semicolon.csv", CSV.replace(",response", ";response").replace('界",', '界";').replace('es",', 'es";')),
+        ("tab.csv", CSV.replace(",response", "\tresponse").replace('界",', '界"\t').replace('es",', 'es"\t')),
+        ("tab.tsv", CSV.replace(",response", "\tresponse").replace('界",', '界"\t').replace('es",', 'es"\t')),
+    ],
+)
+def test_every_text_format_gives_the_same_rows(tmp_path: Path, name: str, content: str, packed: bool) -> None:
+    data = gzip.compress(content.encode()) if packed else content.encode()
+    path = write(tmp_path, f"{name}.gz" if packed else name, data)
+    assert fields(path) == ROWS
+
+
+def test_gzip_is_known_by_its_content(tmp_path: Path) -> None:
+    assert fields(write(tmp_path, "rows.jsonl", gzip.compress(JSON_LINES.encode()))) == ROWS
+
+
+def test_crlf_inside_quotes_is_kept_and_at_line_ends_is_not(tmp_path: Path) -> None:
+    path = write(tmp_path, "rows.csv", 'prompt,response\r\n"a\r\nb",c\r\n')
+    assert fields(path) == [{"prompt": "a\r\nb", "response": "c"}]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gz"])
+def test_parquet_is_read_over_all_row_groups(tmp_path: Path, packed: bool) -> None:
+    rows = [{"prompt": str(i), "turns": [{"role": "user", "content": "x"}]} for i in range(5)]
+    content = parquet_bytes(tmp_path, rows, row_group_size=2)
+    path = write(tmp_path, "rows.parquet", gzip.compress(content) if packed else content)
+    assert fields(path) == rows
+    assert places(path) == [f": row {i}" for i in range(1, 6)]
+
+
+def test_places_are_lines_for_lines_and_row_numbers_for_arrays(tmp_path: Path) -> None:
+    assert places(write(tmp_path, "a.jsonl", '\n{"a": 1}\n\n{"a": 2}\n')) == [":2", ":4"]
+    assert places(write(tmp_path, "a.json", '[\n{"a": 1},\n{"a": 2}]')) == [": row 1", ": row 2"]
+    assert places(write(tmp_path, "w.json", '{"rows": [{"a": 1}, {"a": 2}]}')) == [": row 1", ": row 2"]
+    # The line is the one on which the row begins, also after cells that hold line breaks.
+    assert places(write(tmp_path, "a.csv", 'a,b\n"1\n2",3\n\n4,5\n')) == [":2", ":5"]
+
+
+def test_the_line_separator_of_unicode_ends_no_line(tmp_path: Path) -> None:
+    assert fields(write(tmp_path, "a.jsonl", '{"a": "x\u2028y\u0085z"}\n')) == [{"a": "x\u2028y\u0085z"}]
+
+
+def test_json_lines_are_streamed(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jsonl", '{"a": 1}\n{"a": 2}\n{"a": 3}\n{"a": \n{"a": 5}\n')
+    rows = read_rows(path)
+    assert next(rows) == RawRow(f"{path}:1", {"a": 1})
+    assert [next(rows).fields["a"], next(rows).fields["a"]] == [2, 3]
+    with pytest.raises(DataError, match=r"a\.jsonl:4"):
+        next(rows)
+
+
+def test_json_lines_are_never_held_whole(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jsonl", ('{"a": "' + "x" * 2_000 + '"}\n') * 4_000)
+    tracemalloc.start()
+    assert sum(1 for _ in read_rows(path)) == 4_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < path.stat().st_size / 8
+
+
+def test_a_lone_object_with_the_fields_of_a_row_is_a_row(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "x"}]}
+    assert fields(write(tmp_path, "one.json", json.dumps(row))) == [row]
+
+
+def test_an_object_with_two_lists_of_rows_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "two.json", '{"train": [{"a": 1}], "test": [{"a": 2}]}')
+    assert message(path) == "two.json: an object with several lists of rows: train, test"
+
+
+def test_csv_cells_have_no_length_limit(tmp_path: Path) -> None:
+    long = "x" * 300_000
+    assert fields(write(tmp_path, "a.csv", f"a,b\n{long},y\n")) == [{"a": long, "b": "y"}]
+
+
+def test_separators_inside_quoted_column_names_do_not_count(tmp_path: Path) -> None:
+    assert fields(write(tmp_path, "a.csv", '"a, b, c";d\nx,y;z\n')) == [{"a, b, c": "x,y", "d": "z"}]
+
+
+def test_one_column_is_not_split_at_commas_of_a_tsv(tmp_path: Path) -> None:
+    assert fields(write(tmp_path, "a.tsv", "text\na, b; c\n")) == [{"text": "a, b; c"}]
+
+
+def test_the_unnamed_index_column_of_pandas_is_left_out(tmp_path: Path) -> None:
+    assert fields(write(tmp_path, "a.csv", ",a,b\n0,x,y\n,,\n")) == [{"a": "x", "b": "y"}]
+
+
+# --- folders and paths ------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_gives_its_data_files_in_sorted_order(tmp_path: Path) -> None:
+    write(tmp_path, "b.json", '[{"a": 2}]')
+    write(tmp_path, "a.jsonl.gz", gzip.compress(b'{"a": 1}\n'))
+    write(tmp_path, "c.csv", "a\n3\n")
+    write(tmp_path, ".hidden.jsonl", "broken")
+    write(tmp_path, "README.md", "words")
+    (tmp_path / "nested.jsonl").mkdir()
+    assert fields(tmp_path) == [{"a": 1}, {"a": 2}, {"a": "3"}]
+    assert next(read_rows(tmp_path)).where == f"{tmp_path / 'a.jsonl.gz'}:1"
+
+
+def test_a_folder_without_data_files_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no data file in this folder; it holds nothing"):
+        read_rows(tmp_path)
+    write(tmp_path, "README.md", "words")
+    with pytest.raises(DataError, match=r"it holds README\.md"):
+        read_rows(tmp_path)
+
+
+def test_a_folder_of_save_to_disk_is_named(tmp_path: Path) -> None:
+    write(tmp_path, "data-00000-of-00001.arrow", b"x")
+    write(tmp_path, "state.json", "{}")
+    with pytest.raises(DataError, match=r"as Dataset\.save_to_disk writes it\n.*load_from_disk"):
+        read_rows(tmp_path)
+
+
+def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
+    write(tmp_path, "train_zh.jsonl", "")
+    write(tmp_path, "other.csv", "")
+    with pytest.raises(DataError) as caught:
+        read_rows(tmp_path / "train-zh.json")
+    assert caught.value.message == f"{tmp_path}/train-zh.json: no such file or folder"
+    assert caught.value.hint == f"near it in {tmp_path}: train_zh.jsonl"
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"its folder .*/gone does not exist either"):
+        read_rows(tmp_path / "gone" / "a.jsonl")
+
+
+# --- faults -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.jsonl", "", "a.jsonl: the file is empty"),
+        ("a.jsonl", "\ufeff \n\n", "a.jsonl: the file is empty"),
+        ("a.jsonl.gz", gzip.compress(b""), "a.jsonl.gz: the file is empty"),
+        ("a.json", "[ ]", "a.json: the file holds no rows"),
+        ("a.csv", "a,b\n", "a.csv: the file holds no rows"),
+        ("a.txt", "hello\n", "a.txt: unknown format; the file begins with 'hello'"),
+        ("a.xlsx", b"PK\x03\x04rest", "a.xlsx: a zip archive or an Excel workbook"),
+        ("a.jsonl", "version https://git-lfs.github.com/spec/v1\n", "a.jsonl: a Git LFS pointer, not the data"),
+        (
+            "a.jsonl",
+            '{"a": 1}\n{"a": "xy',
+            "a.jsonl:2: the last line is cut short: "
+            "not valid JSON at column 7: Unterminated string starting at; the parser saw '\"xy'",
+        ),
+        (
+            "a.jsonl",
+            '{"a": 1}\n{"a": tr',
+            "a.jsonl:2: the last line is cut short: not valid JSON at column 7: Expecting value; the parser saw 'tr'",
+        ),
+        (
+            "a.jsonl",
+            '{"a": 1}\n{"a" 1}\n{"a": 1}\n',
+            "a.jsonl:2: not valid JSON at column 6: Expecting ':' delimiter; the parser saw '1}'",
+        ),
+        (
+            "a.jsonl",
+            '{"a": 1}\n{"a":\n2}\n',
+            "a.jsonl:2: the object does not end on this line; JSON lines hold one whole object on each line",
+        ),
+        (
+            "a.jsonl",
+            '{\n  "a": 1\n}\n{\n  "a": 2\n}\n',
+            "a.jsonl:1: an object spans several lines (to line 3); JSON lines hold one whole object on each line",
+        ),
+        (
+            "a.json",
+            '{"data": [\n{"a": 1},\n{"a": ',
+            "a.json:3: the file ends inside an object: "
+            "not valid JSON at column 7: Expecting value; the text ends there",
+        ),
+        (
+            "a.json",
+            '[{"a": 1},\n{"a": "x',
+            "a.json:2: the file ends inside the array, at row 2: "
+            "not valid JSON at column 7: Unterminated string starting at; the parser saw '\"x'",
+        ),
+        (
+            "a.json",
+            '[{"a": 1}\n{"a": 2}]',
+            "a.json:2: not valid JSON at column 1: Expecting ',' or ']'; the parser saw '{\"a\": 2}]'",
+        ),
+        ("a.json", '[{"a": 1}]\n[{"a": 2}]', "a.json:2: more text after the end of the array: '[{\"a\": 2}]'"),
+        ("a.json", '[{"a": 1}, 5]', "a.json: row 2: the row is a number, not an object"),
+        ("a.json", '{"data": [{"a": 1}, null]}', "a.json: row 2: the row is null, not an object"),
+        ("a.jsonl", '{"a": 1}\n["b"]\n', "a.jsonl:2: the row is a list, not an object"),
+        ("a.jsonl", '{"a": 1, "b": 2, "a": 3}\n', 'a.jsonl:1: field "a" stands twice in one object'),
+        ("a.json", '[{"m": {"b": 1, "b": 1}}]', 'a.json: row 1: field "b" stands twice in one object'),
+        ("a.jsonl", '{"a": NaN}\n', "a.jsonl:1: NaN is not a JSON value"),
+        ("a.json", '[{"a": 1}, {"a": [-Infinity]}]', "a.json: row 2: -Infinity is not a JSON value"),
+        ("a.jsonl", '{"a": ' + "[" * 100_000 + "\n{}\n", "a.jsonl:1: the JSON is nested too deeply"),
+        ("a.csv", "a,b\n1,2,3\n", "a.csv:2: the row has 3 cells, the header 2 (a, b)"),
+        ("a.csv", 'a,b\n1,2\n3,"4\n5,6\n', "a.csv:3: not valid CSV: a double quote opened in this row is never closed"),
+        ("a.csv", "a,b,a\n1,2,3\n", 'a.csv:1: the header names the column "a" twice'),
+        ("a.csv", "a,,b\n1,2,3\n", "a.csv:1: column 2 of the header has no name"),
+        ("a.parquet", b"PAR1 and nothing else", "a.parquet: damaged Parquet file: Parquet magic bytes not found in"),
+        ("a.jsonl.gz", gzip.compress(JSON_LINES.encode())[:-12], "a.jsonl.gz: the gzip data ends too early"),
+    ],
+)
+def test_faults_say_where_and_what(tmp_path: Path, name: str, content: str | bytes, expected: str) -> None:
+    found = message(write(tmp_path, name, content))
+    assert found.startswith(expected) if name == "a.parquet" else found == expected
+
+
+def test_a_text_as_header_is_no_header(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", f"{'word ' * 30},y\n1,2\n")
+    assert message(path).startswith("a.csv:1: the first row is no header: a column would be called 'word word")
+
+
+def test_objects_over_several_lines_come_with_the_command_that_mends_them(tmp_path: Path) -> None:
+    path = write(tmp_path, "my rows.jsonl", '{\n"a": 1\n}\n')
+    assert refusal(path).hint == f"rewrite it: jq -c . '{path}' > '{tmp_path}/lines-my rows.jsonl'"
+
+
+# --- bad rows that can be left out ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", '{"a": 1}\n{"a": }\n3\n{"a": NaN}\n{"a": 1, "a": 1}\n{"a": 2}\n{"a"'),
+        ("a.json", '[{"a": 1}, 2, 3, {"a": NaN}, {"a": 1, "a": 1}, {"a": 2}, null]'),
+        ("a.csv", "a,b\n1,x\n1\n1\n1\n1,2,3\n2,x\n1\n"),
+    ],
+)
+def test_bad_rows_go_to_the_callback_and_reading_goes_on(tmp_path: Path, name: str, content: str) -> None:
+    bad: list[DataError] = []
+    rows = list(read_rows(write(tmp_path, name, content), bad.append))
+    assert [int(row.fields["a"]) for row in rows] == [1, 2]
+    assert len(bad) == 5
+    assert all(str(tmp_path / name) in error.message for error in bad)
+
+
+# --- encodings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("encoding", "content", "place", "guess"),
+    [
+        ("gb18030", '{"a": "x"}\n{"a": "中文，你好"}\n', "a.jsonl:2: not UTF-8: byte 0xd6 at offset 18", "GB18030"),
+        ("utf-16", '[{"a": "中文"}]', "a.jsonl:1: not UTF-8: byte 0xff at offset 0", "UTF-16"),
+        ("utf-16-le", '[{"a": "中文"}]', "a.jsonl:1: not UTF-8: byte 0x00 at offset 1", "UTF-16LE"),
+        ("utf-16-be", '[{"a": "中文"}]', "a.jsonl:1: not UTF-8: byte 0x00 at offset 0", "UTF-16BE"),
+    ],
+)
+def test_other_encodings_are_named_with_the_command(
+    tmp_path: Path, encoding: str, content: str, place: str, guess: str
+) -> None:
+    path = write(tmp_path, "a.jsonl", content.encode(encoding))
+    assert message(path) == f"{place}; the file decodes as {guess}"
+    assert refusal(path).hint == f"convert it: iconv -f {guess} -t UTF-8 {path} > {tmp_path}/utf8-a.jsonl"
+
+
+def test_the_command_for_a_packed_file_unpacks_it(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv.gz", gzip.compress("问题,回答\n你好,再见\n".encode("gb18030")))
+    assert refusal(path).hint == f"convert it: gunzip -c {path} | iconv -f GB18030 -t UTF-8 > {tmp_path}/utf8-a.csv"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b'{"a": "caf\xe9 au lait"}\n', '{"a": "中文你好中文你好中文"}\n'.encode() + b'{"a": "\xb4\xf3"}\n'],
+    ids=["latin-1", "damaged UTF-8"],
+)
+def test_no_encoding_is_guessed_without_grounds(tmp_path: Path, content: bytes) -> None:
+    error = refusal(write(tmp_path, "a.jsonl", content))
+    assert "decodes as" not in error.message
+    assert error.hint == "save the file as UTF-8; `file -i` may tell what it is now"
