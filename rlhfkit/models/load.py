@@ -198,6 +198,11 @@ def _load_base(
             f"the weights of {source.base} do not load: {type(error).__name__}: {_first_line(error)}",
             hint="see what is wrong with the folder: its index may name absent shards, or a file may be cut short",
         ) from error
+    for module in model.modules():
+        # On CPUs with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first pass in eval mode, and the repacked
+        # ones have no backward pass: after an evaluation, all layers but the last would train on wrong gradients.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     missing = {k for k in info["missing_keys"] if not k.startswith(HEAD_NAMES)}
     if missing or info["mismatched_keys"]:
         names = sorted(missing) + [str(k) for k in info["mismatched_keys"]]

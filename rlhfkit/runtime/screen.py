@@ -83,12 +83,14 @@ class Screen:
 def quiet_libraries() -> None:
     """Our own screen speaks; the libraries' bars and hints about optional kernels would tear it apart."""
     import logging
+    import warnings
 
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate|torch)\b")
 
 
 def short(value: Any) -> str:
