@@ -28,7 +28,7 @@ from rlhfkit.chat.messages import Message, Role
 from rlhfkit.errors import TemplateError
 
 Bodies = Literal["separate", "joined"]
-Spaces = Literal["never", "first", "always"]
+_Spaces = Literal["never", "first", "always"]
 # What is stripped from the left and from the right: these characters, or all white space (None), as in str.strip.
 _Strip = tuple[str | None, str | None]
 
@@ -440,7 +440,7 @@ def _strip_rule(tabs_stay: bool, breaks_stay: bool) -> str | None:
     return "\n" if tabs_stay else None
 
 
-def _prefix_spaces(tokenizer: Any, control: str) -> Spaces:
+def _prefix_spaces(tokenizer: Any, control: str) -> _Spaces:
     """Where the tokenizer puts a space in front of text: nowhere, at the very beginning, or after controls as well."""
 
     def token_at(text: str, index: int) -> str:

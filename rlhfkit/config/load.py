@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from rlhfkit.config.stages import GenerateConfig, PpoConfig, RmConfig, SftConfig
+from rlhfkit.config.stages import GenerateConfig, PpoConfig, Problem, RmConfig, SftConfig
 from rlhfkit.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT", SftConfig, RmConfig, PpoConfig, GenerateConfig)
@@ -84,10 +84,12 @@ def load_config(
             faults.append(f"--set {text}: the value is no YAML")
 
     config, field_faults = _validate(cls, raw)
-    faults += field_faults
+    faults += [f"{path}: {words}" for path, words in field_faults]
     if config is not None:
-        faults += [f"{path}: {words}" for path, words in config.problems()]
-    if faults or config is None or field_faults:
+        # A faulty field stands at its default here; what follows from that is no fault of its own.
+        problems = [p for p in config.problems() if not any(_overlap(p[0], path) for path, _ in field_faults)]
+        faults += [f"{path}: {words}" for path, words in problems]
+    if faults or config is None:
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         where = f" (recipe {recipe})" if recipe else ""
         raise ConfigError(
@@ -173,7 +175,7 @@ def _assign(raw: dict[str, Any], path: str, value: Any, faults: list[str]) -> No
     target[leaf] = value
 
 
-def _validate(cls: type[ConfigT], raw: dict[str, Any]) -> tuple[ConfigT | None, list[str]]:
+def _validate(cls: type[ConfigT], raw: dict[str, Any]) -> tuple[ConfigT | None, list[Problem]]:
     """The configuration, and its faults field by field.
 
     With faulty fields put back to their defaults the rest is still checked, so that one message names everything.
@@ -185,7 +187,7 @@ def _validate(cls: type[ConfigT], raw: dict[str, Any]) -> tuple[ConfigT | None, 
         repaired = _copy(raw)
         for fault in error.errors():
             path = ".".join(str(part) for part in fault["loc"])
-            faults.append(f"{path}: {_words(cls, path, fault)}")
+            faults.append((path, _words(cls, path, fault)))
             _drop(repaired, fault["loc"])
         try:
             return cls.model_validate(repaired), faults
@@ -193,10 +195,17 @@ def _validate(cls: type[ConfigT], raw: dict[str, Any]) -> tuple[ConfigT | None, 
             return None, faults
 
 
+def _overlap(path: str, other: str) -> bool:
+    """Whether one dotted path is the other or within it."""
+    return f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}.")
+
+
 def _words(cls: type[BaseModel], path: str, fault: Any) -> str:
     if fault["type"] != "extra_forbidden":
         found = fault.get("input")
         shown = f" (found {found!r})" if not isinstance(found, dict) else ""
+        if fault["type"] == "model_type":
+            return f"a block of keys belongs here, not a value{shown}"
         message = str(fault["msg"])
         return message[0].lower() + message[1:] + shown
     paths = [field.path for field in iterate_fields(cls)]

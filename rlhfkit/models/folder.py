@@ -81,7 +81,9 @@ def open_model(path: str, *, adapter: str = "") -> ModelSource:
             raise ModelError(f"{adapter} is no LoRA folder: it has no adapter_config.json")
         record = _read_json(adapter_folder / RECORD) if (adapter_folder / RECORD).is_file() else {}
         return _with_adapter(adapter, path, str(adapter_folder), record)
-    return ModelSource(named, named, None, _read_config(named), record)
+    # Absolute, since it is written into adapters, which are used from other working directories.
+    base = str(folder.resolve()) if folder.is_dir() else named
+    return ModelSource(named, base, None, _read_config(named), record)
 
 
 def _with_adapter(named: str, base: str, adapter: str, record: dict[str, Any]) -> ModelSource:
@@ -90,6 +92,7 @@ def _with_adapter(named: str, base: str, adapter: str, record: dict[str, Any]) -
             f"{named} is a LoRA folder whose base '{base}' is not there",
             hint="move the base back, or mend base_model_name_or_path in adapter_config.json",
         )
+    base = str(Path(base).resolve()) if Path(base).is_dir() else base
     return ModelSource(named, base, adapter, _read_config(base), record)
 
 

@@ -151,6 +151,11 @@ def load_model(
         ModelError: weights that are missing, damaged or do not fit.
         ConfigError: LoRA settings that differ from those of the adapter folder that goes on being trained.
     """
+    if task == "causal" and source.is_reward_model:
+        raise ModelError(
+            f"{source.path} is a reward model: it scores answers and cannot write any",
+            hint="give the SFT or PPO model as --model; a reward model goes to: rlhfkit ppo --reward",
+        )
     train_all = lora is not None and lora.rank == 0
     weights = torch.float32 if train_all else dtype
     model, head_is_missing = _load_base(source, task, weights, quantize, trust_remote_code, device)

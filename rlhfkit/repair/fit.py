@@ -107,7 +107,7 @@ def _refuse_adapter(src: Folder, dst: Folder) -> None:
             raise RepairRefusedError(
                 f"{folder.role} is a LoRA adapter folder, not a model: {folder.path} holds {found[0]} "
                 f"(trained on {base})",
-                hint="merge it into its base first: rlhfkit merge RUN DST",
+                hint=f"it needs no repair: rlhfkit generate --model {folder.path} loads it with its base",
             )
 
 
@@ -181,7 +181,7 @@ def _refuse_adapter_tensors(src: Folder, dst: Folder) -> None:
     if lora:
         raise RepairRefusedError(
             f"{dst.path} holds LoRA matrices that were never merged ({lora})",
-            hint="merge them first: rlhfkit merge RUN DST",
+            hint="merge them with peft (merge_and_unload), save the result, and repair that folder",
         )
     hollow = next((name for name, tensor in dst.weights.tensors.items() if 0 in tensor.shape), None)
     if hollow:

@@ -182,12 +182,14 @@ class Run:
             self.interrupted = True
             self.screen.line("stopping after this step; press Ctrl-C again to stop at once without saving")
 
-        old = signal.signal(signal.SIGINT, on_interrupt)
+        # SIGTERM is how launchers and batch systems ask for the same.
+        old = {number: signal.signal(number, on_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             with self.screen.steps(what, total, self.step):
                 yield numbers()
         finally:
-            signal.signal(signal.SIGINT, old)
+            for number, handler in old.items():
+                signal.signal(number, handler)
 
     def finish_step(
         self,
@@ -331,6 +333,8 @@ def start_run(config: StageConfig) -> Run:
     trackers = [t for t in config.run.trackers if t != "none"]
     # Knows the device before the number format is chosen, which can be chosen only once in a process.
     precision = resolve_precision(config.model.precision, PartialState().device)
+    if precision == "fp16" and PartialState().device.type == "cpu":
+        raise ConfigError("model.precision: fp16 does not train on a CPU", hint="give --precision bf16 or fp32")
     AcceleratorState._reset_state()  # stages may follow each other in one process, as in `rlhfkit demo`
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(precision, precision), log_with=trackers or None, project_dir=str(out)

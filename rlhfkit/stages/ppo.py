@@ -83,6 +83,11 @@ def run(config: PpoConfig) -> StageResult:
             "PPO samples token by token, which sharded weights make too slow to offer",
             hint="launch it with plain data parallelism (DDP); --quantize 4bit with --lora-rank saves more memory",
         )
+    if config.minibatch_size < run.world:
+        raise ConfigError(
+            f"optim.batch_size: {config.minibatch_size} episodes per optimiser step for {run.world} processes",
+            hint=f"give --batch-size {run.world} or more",
+        )
 
     # 1. Prompts.
     source, text = open_text_side(config)
