@@ -72,7 +72,7 @@ def test_adapter_folder(tmp_path: Path, name: str) -> None:
     src, dst = pair(tmp_path, "qwen", lambda dst: write_json(dst / name, {"base_model_name_or_path": "Qwen/Qwen-7B"}))
     error = refusal(src, dst)
     assert f"DST is a LoRA adapter folder, not a model: {dst} holds {name}" in error.message
-    assert "rlhfkit merge" in error.hint
+    assert "rlhfkit generate --model" in error.hint
 
 
 def test_source_that_is_an_adapter(tmp_path: Path) -> None:
