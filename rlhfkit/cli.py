@@ -20,7 +20,7 @@ import typer
 from rlhfkit import __version__
 from rlhfkit.config.load import FieldPath, iterate_fields, load_config
 from rlhfkit.config.stages import STAGES, AnyConfig, StageConfig
-from rlhfkit.errors import ConfigError, RlhfkitError
+from rlhfkit.errors import ConfigError, Interrupted, RlhfkitError
 
 app = typer.Typer(
     name="rlhfkit",
@@ -51,9 +51,12 @@ def main() -> None:
             label = "stopped" if error.exit_code == 130 else "error"
             print(f"{label}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("stopped: nothing after the last checkpoint is saved", file=sys.stderr)
-        sys.exit(130)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        # A file or folder of the user's that cannot be made, read or written: theirs to mend, no fault of the code.
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(1)
 
 
 # -- stages: options from the configuration classes -------------------------------------------------------------------
@@ -111,12 +114,16 @@ def _stage_command(stage: str, summary: str, examples: list[str], execute: Calla
         # Before anything of the hub is imported: its endpoint is read once, at import.
         if config.endpoint:
             os.environ["HF_ENDPOINT"] = config.endpoint
-        if isinstance(config, StageConfig) and config.run.plan:
-            from rlhfkit.stages import plan
+        try:
+            if isinstance(config, StageConfig) and config.run.plan:
+                from rlhfkit.stages import plan
 
-            plan.run(config)
-        else:
-            execute(config)
+                plan.run(config)
+            else:
+                execute(config)
+        except KeyboardInterrupt:
+            # Before the first step, or pressed twice. Typer would end the process without a word.
+            raise Interrupted("nothing after the last checkpoint is saved") from None
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     recipe_argument = typer.Argument(

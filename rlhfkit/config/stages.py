@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Literal
 
 from pydantic import BaseModel
@@ -20,6 +21,8 @@ from rlhfkit.config.blocks import (
 )
 
 Problem = tuple[str, str]  # dotted path, what is wrong and what to do
+# Accelerate's. Each is called like its package, and without the package Accelerate records nothing.
+TRACKERS = ("tensorboard", "wandb", "swanlab", "mlflow", "comet_ml", "clearml", "aim", "dvclive", "trackio")
 
 
 class StageConfig(Block):
@@ -53,6 +56,11 @@ class StageConfig(Block):
             found.append(("run.eval_every", "has no effect without held-out rows; give --eval-data"))
         if "none" in self.run.trackers and len(self.run.trackers) > 1:
             found.append(("run.trackers", "'none' stands beside other trackers; leave one of them out"))
+        for name in self.run.trackers:
+            if name not in ("none", *TRACKERS):
+                found.append(("run.trackers", f"'{name}' is no tracker; there are {', '.join(TRACKERS)} and none"))
+            elif name != "none" and find_spec(name) is None:
+                found.append(("run.trackers", f"'{name}' is not installed: pip install {name}"))
         return found
 
     @property

@@ -165,7 +165,7 @@ def load_model(
     if source.adapter is not None:
         model = _load_adapter(model, source, task, trainable=lora is not None and not train_all, lora=lora)
         if train_all:
-            model = model.merge_and_unload()
+            model = model.merge_and_unload().requires_grad_(True)  # peft froze the base
             notes.append(f"the adapter of {source.adapter} was merged into its base; all weights train")
     elif lora is not None and lora.rank > 0:
         model = _add_lora(model, task, lora, text, train_embeddings=bool(grown), base=source.base)
