@@ -123,7 +123,9 @@ def _stage_command(stage: str, summary: str, examples: list[str], execute: Calla
                 execute(config)
         except KeyboardInterrupt:
             # Before the first step, or pressed twice. Typer would end the process without a word.
-            raise Interrupted("nothing after the last checkpoint is saved") from None
+            trains = isinstance(config, StageConfig)
+            words = "nothing after the last checkpoint is saved" if trains else "no further answer is written"
+            raise Interrupted(words) from None
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     recipe_argument = typer.Argument(

@@ -16,7 +16,10 @@ CHUNK_TOKENS = 512  # at a vocabulary of 152k, one chunk of float32 logits takes
 
 
 class TokenStats(NamedTuple):
-    """Per token: log-probability of the target, and entropy of the distribution it was drawn from (nats)."""
+    """Per token: log-probability of the target, and entropy of the distribution it was drawn from (nats).
+
+    Without ``with_entropy`` the entropies are zeros.
+    """
 
     logprobs: Tensor  # [N] float32
     entropy: Tensor  # [N] float32, with a gradient only where asked for
@@ -29,6 +32,7 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     vocabulary: int | None = None,
+    with_entropy: bool = True,
     entropy_gradient: bool = False,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> TokenStats:
@@ -42,6 +46,7 @@ def token_logprobs(
         targets: [N] token ids.
         temperature: of the distribution that was sampled.
         vocabulary: ids from here on are padding rows of the head; they take no part in the distribution.
+        with_entropy: its softmax over the vocabulary costs about as much as the log-probabilities do.
         entropy_gradient: whether the entropy is part of a loss.
         chunk_tokens: tokens whose logits exist at one time.
     """
@@ -52,6 +57,8 @@ def token_logprobs(
             logits = logits / temperature
         log_z = logits.logsumexp(dim=-1)
         logprobs = logits.gather(1, t[:, None]).squeeze(1) - log_z
+        if not with_entropy:
+            return logprobs, torch.zeros_like(log_z)
         with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
             entropy = log_z - (torch.softmax(logits, dim=-1) * logits).sum(-1)
         return logprobs, entropy

@@ -70,11 +70,18 @@ def load_text_side(
     _refuse_unsafe_remote_code(chosen, source)
     tokenizer = _load_tokenizer(source, trust_remote_code)
     encoder = ChatEncoder(tokenizer, _choose_template(source, chosen, tokenizer, template))
-    tokens = apply_token_policy(chosen, tokenizer, encoder)
-    notes = [f"chat template: {encoder.template.name}", *tokens.changes]
-    if encoder.added_controls:
-        notes.append(f"added to the vocabulary for this template: {', '.join(encoder.added_controls)}")
-    return TextSide(tokenizer, encoder, chosen, tokens, notes)
+    tokens = apply_token_policy(chosen, tokenizer, encoder, generation_eos=_generation_eos(source))
+    return TextSide(tokenizer, encoder, chosen, tokens, [f"chat template: {encoder.template.name}", *tokens.changes])
+
+
+def _generation_eos(source: ModelSource) -> int | list[int] | None:
+    """Where the checkpoint stops already: rollouts must end where generation will."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(source.base).eos_token_id  # type: ignore[no-any-return]
+    except OSError:  # many folders have none
+        return None
 
 
 def _choose_template(source: ModelSource, family: Family, tokenizer: Any, wanted: str) -> Template:

@@ -34,7 +34,9 @@ class LanguageModel(nn.Module):
         hidden = hidden_states(self.model, batch.input_ids, batch.attention_mask)
         chosen = hidden.flatten(0, 1).index_select(0, batch.positions)
         head = base_model(self.model).get_output_embeddings()
-        return token_logprobs(head, chosen, batch.targets, temperature=temperature, vocabulary=vocabulary)
+        return token_logprobs(
+            head, chosen, batch.targets, temperature=temperature, vocabulary=vocabulary, with_entropy=False
+        )
 
 
 class RewardModel(nn.Module):
