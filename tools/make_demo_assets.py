@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=2 python tools/make_demo_assets.py --sentences sentiment_en.jsonl.gz --out rlhfkit/assets/demo
 
 ``--sentences`` is a JSON-lines file (plain or gzipped) with ``text`` and ``rating`` (-4 to 4) in each row: the
-movie-review sentences of vaderSentiment, MIT. About ten minutes on two CPU cores and 1.5 GiB of memory. On the same
+movie-review sentences of vaderSentiment, MIT. Some ten minutes on two idle CPU cores, 2.5 GiB of memory. On the same
 machine, with the same packages and the same number of threads, a second run writes the same bytes; elsewhere the
 row files are the same and the weights differ in the last digits.
 
@@ -46,20 +46,23 @@ PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEXT = f"{START}user\n{{prompt}}{END}\n{START}assistant\n"
 
 WORDINGS = (
-    "Write one sentence about a film.",
-    "Review a movie in one sentence.",
-    "What did you think of the film?",
-    "Give your verdict on the movie.",
-    "Say something about the movie you saw.",
-    "Describe a film in a few words.",
-    "How was the movie?",
-    "Write a line for a film column.",
+    "Write one sentence about {film}.",
+    "Describe {film} in one sentence.",
+    "Review {film} in a few words.",
+    "What did you think of {film}?",
+    "How was {film}?",
+    "Say something about {film}.",
+    "Give your verdict on {film}.",
+    "Write a line about {film}.",
 )
-OPENING_WORDINGS = (
-    'Write one sentence about a film. Begin with "{opening}".',
-    'Review a movie. Begin with "{opening}".',
-    'What did you think of the film? Begin with "{opening}".',
-    'Say something about the movie. Begin with "{opening}".',
+FILMS = (
+    "the film",
+    "the movie",
+    "a new film",
+    "a new movie",
+    "the film you saw",
+    "the last movie you saw",
+    "this picture",
 )
 # Words that a demo should not teach a model to say; about one sentence in forty has one.
 UNWANTED = re.compile(
@@ -71,6 +74,11 @@ UNWANTED = re.compile(
 LEAST_RATING, LEAST_RATING_HELDOUT = 1.2, 1.8
 # What a model can say within the demo's 24 new tokens, with the end of its turn.
 ANSWER_TOKENS = 23
+PAIR_TOKENS = 36
+PAIRS_PER_SENTENCE, PAIRS_PER_SENTENCE_HELDOUT = 2, 4
+# Names and rare words are many tokens each; a model this small would put their pieces together at random.
+MOST_TOKENS_PER_WORD = 1.6
+GOOD_SHARE = 0.5
 
 Rows = dict[str, list[dict[str, str]]]
 
@@ -143,7 +151,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
         show_progress=False,
     )
     # The prompts' words are few; repeated, they become short in tokens without a model ever having read them.
-    tokenizer.train_from_iterator([*texts, *prompt_texts() * 8], trainer)
+    tokenizer.train_from_iterator([*texts, *prompt_texts() * 2], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END,
@@ -155,7 +163,19 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
 
 
 def prompt_texts() -> list[str]:
-    return [CHAT_TEXT.format(prompt=wording) for wording in (*WORDINGS, *OPENING_WORDINGS)]
+    prompts_train, prompts_heldout = divide_prompts()
+    return [CHAT_TEXT.format(prompt=prompt) for prompt in prompts_train + prompts_heldout]
+
+
+def divide_prompts() -> tuple[list[str], list[str]]:
+    """Prompts to train on and prompts held out: other pairings of the same wordings and films."""
+    train: list[str] = []
+    heldout: list[str] = []
+    for row, wording in enumerate(WORDINGS):
+        for column, film in enumerate(FILMS):
+            part = heldout if (row + 2 * column) % 5 == 0 else train
+            part.append(wording.format(film=film))
+    return train, heldout
 
 
 # --- the base model ---------------------------------------------------------------------------------------------
@@ -344,107 +364,63 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, parts: Sentences, options: argp
 # --- the rows ---------------------------------------------------------------------------------------------------
 
 
-def opening_of(text: str, openings: list[str]) -> str | None:
-    """The longest of the openings with which a text begins."""
-    fitting = [opening for opening in openings if text.startswith(opening + " ")]
-    return max(fitting, key=len) if fitting else None
-
-
-def common_openings(sentences: list[Sentence]) -> list[str]:
-    """One to three words with which at least six good and six bad sentences begin; the most common first."""
-    good: Counter[str] = Counter()
-    bad: Counter[str] = Counter()
-    for sentence in sentences:
-        words = sentence.text.split()
-        counts = good if sentence.rating > 0 else bad
-        counts.update(" ".join(words[:length]) for length in (1, 2, 3) if len(words) > length + 1)
-    both = {opening: min(good[opening], bad[opening]) for opening in good}
-    kept = [opening for opening, count in both.items() if count >= 6 and re.fullmatch(r"[A-Za-z' ]+", opening)]
-    return sorted(kept, key=lambda opening: (-both[opening], opening))
-
-
 @dataclass(frozen=True, slots=True)
 class RowMaker:
     """Draws rows from sentences; one seeded stream per file, so that a change to one file leaves the others alone."""
 
     tokenizer: PreTrainedTokenizerFast
-    openings: list[str]
     seed: int
 
     def draws(self, name: str) -> random.Random:
         return random.Random(f"{self.seed} {name}")
 
-    def fits(self, text: str, tokens: int) -> bool:
-        return len(self.tokenizer.encode(text)) <= tokens
+    def tokens(self, text: str) -> int:
+        return len(self.tokenizer.encode(text))
 
-    def prompt(self, opening: str | None, draws: random.Random) -> str:
-        if opening is None:
-            return draws.choice(WORDINGS)
-        return draws.choice(OPENING_WORDINGS).format(opening=opening)
-
-    def sft(self, name: str, sentences: list[Sentence], tokens: int) -> list[dict[str, str]]:
+    def sft(self, name: str, sentences: list[Sentence], prompts: list[str]) -> list[dict[str, str]]:
+        """Short sentences of common words; of the good ones only a part, so that there is something left to reward."""
         draws = self.draws(name)
         rows = []
         for sentence in sentences:
-            if self.fits(sentence.text, tokens):
-                opening = opening_of(sentence.text, self.openings) if draws.random() < 0.7 else None
-                rows.append({"prompt": self.prompt(opening, draws), "response": sentence.text})
+            tokens = self.tokens(sentence.text)
+            common = tokens <= MOST_TOKENS_PER_WORD * len(sentence.text.split())
+            kept = sentence.rating < 0.5 or draws.random() < GOOD_SHARE
+            if tokens <= ANSWER_TOKENS and common and kept:
+                rows.append({"prompt": draws.choice(prompts), "response": sentence.text})
         draws.shuffle(rows)
         return rows
 
-    def pairs(self, name: str, sentences: list[Sentence], tokens: int, least: float, uses: int) -> list[dict[str, str]]:
-        """Good against bad; a pair shares its opening where it can, and each sentence serves at most ``uses`` times."""
+    def pairs(
+        self, name: str, sentences: list[Sentence], prompts: list[str], least: float, uses: int
+    ) -> list[dict[str, str]]:
+        """Good against bad; each sentence meets at most ``uses`` others."""
         draws = self.draws(name)
-        fitting = [sentence for sentence in sentences if self.fits(sentence.text, tokens)]
+        fitting = [sentence for sentence in sentences if self.tokens(sentence.text) <= PAIR_TOKENS]
+        good = [sentence.text for sentence in fitting if sentence.rating >= least]
+        bad = [sentence.text for sentence in fitting if sentence.rating <= -least]
         rows = []
         for _ in range(uses):
-            good = defaultdict(list)
-            bad = defaultdict(list)
-            for sentence in draws.sample(fitting, len(fitting)):
-                opening = opening_of(sentence.text, self.openings)
-                if sentence.rating >= least:
-                    good[opening].append(sentence.text)
-                elif sentence.rating <= -least:
-                    bad[opening].append(sentence.text)
-            spare_good = []
-            spare_bad = []
-            for opening in [None, *self.openings]:
-                shared = 0 if opening is None else min(len(good[opening]), len(bad[opening]))
-                for chosen, rejected in zip(good[opening][:shared], bad[opening][:shared], strict=True):
-                    rows.append({"prompt": self.prompt(opening, draws), "chosen": chosen, "rejected": rejected})
-                spare_good += good[opening][shared:]
-                spare_bad += bad[opening][shared:]
-            draws.shuffle(spare_good)
-            draws.shuffle(spare_bad)
-            for chosen, rejected in zip(spare_good, spare_bad, strict=False):
-                rows.append({"prompt": self.prompt(None, draws), "chosen": chosen, "rejected": rejected})
+            draws.shuffle(good)
+            draws.shuffle(bad)
+            for chosen, rejected in zip(good, bad, strict=False):
+                rows.append({"prompt": draws.choice(prompts), "chosen": chosen, "rejected": rejected})
         draws.shuffle(rows)
         return rows
-
-    def prompts(self) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-        """For training and held out: no prompt is in both, and neither is an opening."""
-        draws = self.draws("prompts")
-        train: list[str] = list(WORDINGS[:-2])
-        heldout: list[str] = list(WORDINGS[-2:])
-        for place, opening in enumerate(self.openings):
-            part = heldout if place % 4 == 2 else train
-            part += [wording.format(opening=opening) for wording in OPENING_WORDINGS]
-        draws.shuffle(train)
-        draws.shuffle(heldout)
-        return [{"prompt": text} for text in train], [{"prompt": text} for text in heldout]
 
 
 def make_rows(parts: Sentences, tokenizer: PreTrainedTokenizerFast, seed: int) -> Rows:
     learned = parts.train + parts.validation
-    maker = RowMaker(tokenizer, common_openings(learned), seed)
-    prompts, prompts_heldout = maker.prompts()
+    maker = RowMaker(tokenizer, seed)
+    train, heldout = divide_prompts()
     return {
-        "sft": maker.sft("sft", learned, ANSWER_TOKENS),
-        "sft_heldout": maker.sft("sft_heldout", parts.heldout, ANSWER_TOKENS),
-        "pairs": maker.pairs("pairs", learned, 36, LEAST_RATING, 2),
-        "pairs_heldout": maker.pairs("pairs_heldout", parts.heldout, 36, LEAST_RATING_HELDOUT, 4),
-        "prompts": prompts,
-        "prompts_heldout": prompts_heldout,
+        "sft": maker.sft("sft", learned, train),
+        "sft_heldout": maker.sft("sft_heldout", parts.heldout, heldout),
+        "pairs": maker.pairs("pairs", learned, train, LEAST_RATING, PAIRS_PER_SENTENCE),
+        "pairs_heldout": maker.pairs(
+            "pairs_heldout", parts.heldout, heldout, LEAST_RATING_HELDOUT, PAIRS_PER_SENTENCE_HELDOUT
+        ),
+        "prompts": [{"prompt": prompt} for prompt in train],
+        "prompts_heldout": [{"prompt": prompt} for prompt in heldout],
     }
 
 
@@ -462,12 +438,12 @@ Written by `tools/make_demo_assets.py`; how to make it again is said at the top 
 - **Where it comes from.** The sentences are movie-review sentences with a mean human rating from -4 to 4, from the
   data of vaderSentiment (Hutto & Gilbert, ICWSM 2014; `movieReviewSnippets_GroundTruth.txt`), MIT licence, below. They
   are reviewers' opinions, not ours. Whitespace and stray punctuation were mended, sentences with crude words, names of
-  peoples or faiths left out. Prompts, pairing and the model are ours and under rlhfkit's licence. The Chinese reviews
-  that were tried as well are not used: a word-count classifier reached 0.80 to 0.85 on them, 0.90 on the English ones.
+  peoples or faiths left out. Prompts, pairing and the model are ours and under rlhfkit's licence.
 - **What the model knows.** It was trained from nothing on {train} of these sentences as plain text, and has never seen
   a chat. While it learned, a small head read from the same features how good or bad the words so far are; the head is
   not in the checkpoint, but the features are, which is why a reward model learns so fast here. It writes film-review
   English and nothing else; it is for the demo only.
+- **SFT rows** are short sentences of common words, the good ones thinned out, so that a reward has something to raise.
 - **Held out.** A sentence in a `*_heldout` file is in no other file, and neither the tokenizer nor the model was
   trained on it. No prompt stands in both prompt files.
 - **Pairs.** Chosen is a sentence rated {least_train} or more, rejected one rated -{least_train} or less (held out:
@@ -550,9 +526,9 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
-    parser.add_argument("--vocabulary", type=int, default=3072)
+    parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=14)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--dropout", type=float, default=0.1)

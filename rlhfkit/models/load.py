@@ -79,7 +79,7 @@ def _generation_eos(source: ModelSource) -> int | list[int] | None:
     from transformers import GenerationConfig
 
     try:
-        return GenerationConfig.from_pretrained(source.base).eos_token_id  # type: ignore[no-any-return]
+        return GenerationConfig.from_pretrained(source.base).eos_token_id
     except OSError:  # many folders have none
         return None
 
