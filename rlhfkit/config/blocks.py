@@ -176,6 +176,7 @@ class PpoBlock(Block):
     reward_normalize: bool = option(
         False, "Divide scores by their running standard deviation.", flag="--reward-normalize"
     )
+    eval_samples: int = option(1, "Answers sampled to each held-out prompt in an evaluation.", ge=1)
     early_stop_kl: float = option(
         0.0, "End the passes over a rollout once the policy moved this far (nats per token); 0 never.", ge=0
     )

@@ -128,6 +128,8 @@ class PpoConfig(StageConfig):
                     )
             if ppo.samples_per_prompt < 2:
                 found.append(("ppo.samples_per_prompt", f"'{ppo.advantage}' compares samples: give at least 2"))
+        if changed(ppo, "eval_samples") and not self.data.eval:
+            found.append(("ppo.eval_samples", "has no effect without held-out prompts; give --eval-data"))
         if not ppo.kl_target and changed(ppo, "kl_horizon"):
             found.append(("ppo.kl_horizon", "has no effect while ppo.kl_target is 0"))
         if ppo.kl_target and not ppo.kl_coef:

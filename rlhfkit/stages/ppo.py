@@ -159,13 +159,13 @@ def run(config: PpoConfig) -> StageResult:
     def evaluate() -> dict[str, Any]:
         if not held_out:
             return {}
-        rollout, _ = roll_out(held_out, 1, (config.run.seed, EVALUATION))
-        run.samples([_sample(e) for e in rollout.episodes[:SAMPLES]])
+        rollout, _ = roll_out(held_out, ppo.eval_samples, (config.run.seed, EVALUATION))
+        run.samples([_sample(e) for e in rollout.episodes[:: ppo.eval_samples][:SAMPLES]])
         return {f"eval_{name}": value for name, value in _describe(rollout).items()}
 
     if run.step == 0 and held_out:
         before = evaluate()
-        run.record({"step": 0, **before})
+        run.record({"event": "start", "step": 0, **before})
         run.screen.line(f"before training: eval_reward_mean {before['eval_reward_mean']:.4f}")
 
     # 4. The loop.

@@ -94,7 +94,7 @@ def run(config: RmConfig) -> StageResult:
 
     if run.step == 0 and held_out:
         before = evaluate()
-        run.record({"step": 0, **before})
+        run.record({"event": "start", "step": 0, **before})
         run.screen.line(f"before training: eval_accuracy {before['eval_accuracy']:.3f}")
 
     # 3. The loop.

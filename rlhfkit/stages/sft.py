@@ -66,7 +66,7 @@ def run(config: SftConfig) -> StageResult:
 
     if run.step == 0 and held_out:
         before = evaluate()
-        run.record({"step": 0, **before})
+        run.record({"event": "start", "step": 0, **before})
         run.screen.line(f"before training: eval_loss {before['eval_loss']:.4f}")
 
     # 3. The loop.
