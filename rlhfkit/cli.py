@@ -264,6 +264,7 @@ def families() -> None:
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Where the three run folders go.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same numbers.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a demo that was stopped.")] = False,
 ) -> None:
     """Run SFT, reward model and PPO on a bundled model and data: offline, on a CPU, in minutes.
 
@@ -273,7 +274,7 @@ def demo(
     """
     from rlhfkit.stages import demo as stage
 
-    stage.run(out, seed=seed)
+    stage.run(out, seed=seed, resume=resume)
 
 
 def _version(value: bool) -> None:

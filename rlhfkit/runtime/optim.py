@@ -56,7 +56,7 @@ class Optimisation:
         # Steps once per optimiser step, on every process: it is not handed to Accelerate, which would step it
         # as many times as there are processes.
         self.scheduler = get_scheduler(_SCHEDULES[config.scheduler], optimizer, warmup, total_steps)
-        self._lockstep = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        self._sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
     @property
     def lr(self) -> float:
@@ -76,11 +76,13 @@ class Optimisation:
         """
         accelerator = self.accelerator
         total = torch.zeros((), device=accelerator.device)
-        count = max(1, self._longest(len(micro_batches)) if self._lockstep else len(micro_batches))
-        for i in range(count):
-            last = i == count - 1
+        passes = self.lockstep(micro_batches, spare)
+        if not passes:  # a process with nothing to do still takes part in adding up the gradients
+            passes = [(spare, 0.0)]
+        for i, (micro, weight) in enumerate(passes):
+            last = i == len(passes) - 1
             with nullcontext() if last else accelerator.no_sync(self.module):
-                loss = loss_of(micro_batches[i]) if i < len(micro_batches) else 0.0 * loss_of(spare)
+                loss = weight * loss_of(micro)
                 total += loss.detach()
                 # Processes' gradients are averaged; our losses are parts of one sum.
                 accelerator.backward(loss * accelerator.num_processes)
@@ -93,9 +95,15 @@ class Optimisation:
         grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         return StepResult(float(accelerator.reduce(total, reduction="sum")), grad_norm)
 
-    def _longest(self, count: int) -> int:
-        counts = self.accelerator.gather(torch.tensor([count], device=self.accelerator.device))
-        return int(counts.max())
+    def lockstep(self, micro_batches: Sequence[T], spare: T) -> list[tuple[T, float]]:
+        """Micro-batches with weight 1; where weights are sharded, filled up with ``spare`` of weight 0 until every
+        process makes the same number of passes, since each pass gathers weights from all of them.
+        """
+        passes = [(micro, 1.0) for micro in micro_batches]
+        if self._sharded:
+            counts = self.accelerator.gather(torch.tensor([len(passes)], device=self.accelerator.device))
+            passes += [(spare, 0.0)] * (int(counts.max()) - len(passes))
+        return passes
 
     def state_dict(self) -> dict[str, Any]:
         return {"scheduler": self.scheduler.state_dict()}

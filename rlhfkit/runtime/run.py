@@ -25,7 +25,7 @@ import torch
 import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import Tensor
 
 from rlhfkit.config.load import differing_keys, dump_config
@@ -277,7 +277,7 @@ class Run:
 
     def record(self, metrics: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl and hand the numbers to the trackers."""
-        self._last = {**self._last, **metrics}
+        self._last |= {k: v for k, v in metrics.items() if k != "event"}
         if self.is_main:
             append_json(self.out / "metrics.jsonl", metrics)
         numbers = {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and k != "step"}
@@ -337,7 +337,11 @@ def start_run(config: StageConfig) -> Run:
         raise ConfigError("model.precision: fp16 does not train on a CPU", hint="give --precision bf16 or fp32")
     AcceleratorState._reset_state()  # stages may follow each other in one process, as in `rlhfkit demo`
     accelerator = Accelerator(
-        mixed_precision={"fp32": "no"}.get(precision, precision), log_with=trackers or None, project_dir=str(out)
+        mixed_precision={"fp32": "no"}.get(precision, precision),
+        log_with=trackers or None,
+        project_dir=str(out),
+        # Our buffers are constants. Broadcasting them at each pass would hang processes with fewer passes than others.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     screen = Screen(speaks=accelerator.is_main_process)
     check_folder(config, out)

@@ -42,14 +42,19 @@ class DemoResult:
         return float((after["eval_reward_mean"] - before["eval_reward_mean"]) / before["eval_reward_std"])
 
 
-def run(out: Path, *, seed: int = 0) -> DemoResult:
+def run(out: Path, *, seed: int = 0, resume: bool = False) -> DemoResult:
     """SFT, reward model, PPO into ``out``; then a table of before and after.
+
+    Args:
+        out: where the three run folders go.
+        seed: same seed, same numbers.
+        resume: go on with a demo that was stopped.
 
     Raises:
         ConfigError: ``out`` holds a demo already.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out} is not empty", hint=f"give another --out, or remove it: rm -r {out}")
+    if out.exists() and any(out.iterdir()) and not resume:
+        raise ConfigError(f"{out} is not empty", hint="go on with it: --resume; or start another: --out OTHER_FOLDER")
     quiet_libraries()
     console = Console()
     started = time.perf_counter()
@@ -63,6 +68,7 @@ def run(out: Path, *, seed: int = 0) -> DemoResult:
                 "data.eval": [str(assets / held_out)],
                 "run.out": str(out / stage),
                 "run.seed": seed,
+                "run.resume": resume,
             }
 
         console.rule("1 of 3: supervised fine-tuning")

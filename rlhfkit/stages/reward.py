@@ -84,10 +84,12 @@ def run(config: RmConfig) -> StageResult:
         update.module.eval()
         loss = torch.zeros((), device=run.device)
         sums = []
-        for micro in micro_batches(held_out):
+        spare = collate_pairs(held_out[:1], text.tokens.pad_id, run.device)
+        for micro, weight in update.lockstep(micro_batches(held_out), spare):
             scores = update.module(micro.input_ids, micro.attention_mask)
-            loss += (_losses(scores, micro, config) * micro.weight).sum()
-            sums.append(pair_sums(scores, micro))
+            if weight:
+                loss += (_losses(scores, micro, config) * micro.weight).sum()
+                sums.append(pair_sums(scores, micro))
         update.module.train()
         means = _means([loss, *map(sum, zip(*sums, strict=True))] if sums else [0.0] * 5, len(held_out), run)
         return {"eval_loss": means[0], **{f"eval_{n}": v for n, v in zip(PairSums._fields, means[1:], strict=True)}}
@@ -126,7 +128,9 @@ def run(config: RmConfig) -> StageResult:
             run.finish_step(step, total, metrics, shown=SHOWN, state=update.state_dict, evaluate=evaluate)
 
     # 4. Mean and spread of the scores belong to the model: whoever uses it needs them.
-    mean, std = _score_statistics(update.module, held_out or rows[:STATISTICS_ROWS], micro_batches, run)
+    measured = held_out or rows[:STATISTICS_ROWS]
+    spare = collate_pairs(measured[:1], text.tokens.pad_id, run.device)
+    mean, std = _score_statistics(update.module, update.lockstep(micro_batches(measured), spare), run)
     record = {
         "pooling": "last_token",
         "max_length": config.data.max_length,
@@ -177,9 +181,10 @@ def _means(sums: Sequence[Any], count: int, run: Run) -> list[float]:
 
 
 @torch.no_grad()
-def _score_statistics(module: Any, rows: Sequence[PairRow], micro_batches: Any, run: Run) -> tuple[float, float]:
+def _score_statistics(module: Any, passes: Sequence[tuple[PairBatch, float]], run: Run) -> tuple[float, float]:
     module.eval()
-    scores = [module(m.input_ids, m.attention_mask).double() for m in micro_batches(rows)]
+    made = [(module(micro.input_ids, micro.attention_mask).double(), weight) for micro, weight in passes]
+    scores = [s for s, weight in made if weight]
     flat = torch.cat(scores) if scores else torch.zeros(0, dtype=torch.float64)
     count, total, squares = run.sum_over_processes([len(flat), float(flat.sum()), float(flat.square().sum())])
     mean = total / count

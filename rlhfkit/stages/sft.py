@@ -58,7 +58,9 @@ def run(config: SftConfig) -> StageResult:
         if not held_out:
             return {}
         update.module.eval()
-        loss = sum(float(-update.module(micro).logprobs.sum()) for micro in micro_batches(held_out))
+        spare = collate(held_out[:1], text.tokens.pad_id).to(run.device)
+        passes = update.lockstep(micro_batches(held_out), spare)
+        loss = sum(weight * float(-update.module(micro).logprobs.sum()) for micro, weight in passes)
         (loss,) = run.sum_over_processes([loss])
         _sample(run, loaded.model, text, held_out_records)
         update.module.train()
