@@ -21,6 +21,7 @@ from rlhfkit import __version__
 from rlhfkit.config.load import FieldPath, iterate_fields, load_config
 from rlhfkit.config.stages import STAGES, AnyConfig, StageConfig
 from rlhfkit.errors import ConfigError, Interrupted, RlhfkitError
+from rlhfkit.runtime.launch import start_cpu_processes
 
 app = typer.Typer(
     name="rlhfkit",
@@ -45,6 +46,7 @@ PANELS = {
 def main() -> None:
     """Entry point: commands, and errors turned into exit text."""
     try:
+        start_cpu_processes()
         app()
     except RlhfkitError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # other processes meet the same error
@@ -86,7 +88,7 @@ def _annotation(field: FieldPath) -> Any:
 
 def _bounds(field: FieldPath) -> str:
     if typing.get_origin(field.info.annotation) is Literal:
-        return f" [{'|'.join(typing.get_args(field.info.annotation))}]"
+        return f" \\[{'|'.join(typing.get_args(field.info.annotation))}]"  # escaped: rich reads brackets as markup
     return ""
 
 

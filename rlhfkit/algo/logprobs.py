@@ -63,11 +63,7 @@ def token_logprobs(
             entropy = log_z - (torch.softmax(logits, dim=-1) * logits).sum(-1)
         return logprobs, entropy
 
-    if len(targets) == 0:
-        # Keeps the graph whole: a micro-batch without targets still gives (zero) gradients on every process.
-        empty = hidden.sum(dim=-1).float()
-        return TokenStats(empty, empty.detach())
-    recompute = torch.is_grad_enabled() and hidden.requires_grad
+    recompute = torch.is_grad_enabled()
     parts = [
         checkpoint(one_chunk, h, t, use_reentrant=False, preserve_rng_state=False) if recompute else one_chunk(h, t)
         for h, t in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True)

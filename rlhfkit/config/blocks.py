@@ -159,7 +159,9 @@ class PpoBlock(Block):
         0.0, "Adapt the KL weight towards this KL per answer (nats); 0 keeps it fixed.", flag="--kl-target", ge=0
     )
     kl_horizon: float = option(10000.0, "Episodes over which the adaptive KL weight acts.", gt=0)
-    kl_estimator: Literal["k1", "k2", "k3"] = option("k1", "Estimator of the KL per token.", flag="--kl-estimator")
+    kl_estimator: Literal["auto", "k1", "k2", "k3"] = option(
+        "auto", "Estimator of the KL per token; auto is k1, and k3 in grpo's loss.", flag="--kl-estimator"
+    )
     cliprange: float = option(0.2, "PPO's clip range of the probability ratio.", flag="--cliprange", gt=0)
     value_cliprange: float = option(
         0.2, "Clip range of value changes; 0 does not clip.", flag="--value-cliprange", ge=0

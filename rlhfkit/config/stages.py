@@ -128,6 +128,12 @@ class PpoConfig(StageConfig):
                     )
             if ppo.samples_per_prompt < 2:
                 found.append(("ppo.samples_per_prompt", f"'{ppo.advantage}' compares samples: give at least 2"))
+        if ppo.advantage == "grpo" and ppo.kl_estimator == "k1":
+            found.append(
+                ("ppo.kl_estimator", "k1 has no gradient on average, and grpo's KL is in the loss; give k2 or k3")
+            )
+        if ppo.kl_target and ppo.kl_horizon < ppo.rollout_size:
+            found.append(("ppo.kl_horizon", f"{ppo.kl_horizon} is less than ppo.rollout_size {ppo.rollout_size}"))
         if changed(ppo, "eval_samples") and not self.data.eval:
             found.append(("ppo.eval_samples", "has no effect without held-out prompts; give --eval-data"))
         if not ppo.kl_target and changed(ppo, "kl_horizon"):
@@ -144,6 +150,13 @@ class PpoConfig(StageConfig):
                 )
             )
         return found
+
+    @property
+    def kl_estimator(self) -> Literal["k1", "k2", "k3"]:
+        """The estimator meant: in a reward the unbiased one, in a loss one whose gradient is the KL's."""
+        if self.ppo.kl_estimator != "auto":
+            return self.ppo.kl_estimator
+        return "k3" if self.ppo.advantage == "grpo" else "k1"
 
     @property
     def minibatch_size(self) -> int:

@@ -175,7 +175,8 @@ def load_model(
             model = model.merge_and_unload().requires_grad_(True)  # peft froze the base
             notes.append(f"the adapter of {source.adapter} was merged into its base; all weights train")
     elif lora is not None and lora.rank > 0:
-        model = _add_lora(model, task, lora, text, train_embeddings=bool(grown), base=source.base)
+        new_tokens = bool(grown or text.encoder.added_controls)
+        model = _add_lora(model, task, lora, text, train_embeddings=new_tokens, base=source.base)
     if task == "reward":
         if head_is_missing and not _adapter_holds_head(source):
             _start_head(model, source, fresh_head)
@@ -250,8 +251,8 @@ def _add_lora(model: Any, task: Task, lora: LoraConfig, text: TextSide, *, train
         )
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    # The head of a reward model is new and must be saved with the adapter (trl#1379). New rows of the vocabulary
-    # can only be learned if the embedding and the head train.
+    # The head of a reward model is new and must be saved with the adapter (trl#1379). New tokens can only be learned
+    # if the embedding and the head train.
     extra = [name for name in HEAD_NAMES if task == "reward" and hasattr(model, name)]
     if train_embeddings:
         extra += [_last_name(model, model.get_input_embeddings())]
@@ -267,7 +268,7 @@ def _add_lora(model: Any, task: Task, lora: LoraConfig, text: TextSide, *, train
         task_type="SEQ_CLS" if task == "reward" else "CAUSAL_LM",
         base_model_name_or_path=base,
     )
-    return get_peft_model(model, settings)
+    return _trainable_in_float32(get_peft_model(model, settings))
 
 
 def _load_adapter(model: Any, source: ModelSource, task: Task, *, trainable: bool, lora: LoraConfig | None) -> Any:
@@ -302,11 +303,33 @@ def _load_adapter(model: Any, source: ModelSource, task: Task, *, trainable: boo
         raise ModelError(
             f"the adapter in {folder} does not fit its base: {type(error).__name__}: {_first_line(error)}"
         ) from error
-    if trainable and lora is not None and lora.rank not in (0, settings.r):
-        raise ConfigError(
-            f"lora.rank: {lora.rank}, but the adapter in {folder} that would go on being trained has rank {settings.r}",
-            hint=f"give --lora-rank {settings.r}, or --lora-rank 0 to merge it and train all weights",
-        )
+    if trainable and lora is not None:
+        _refuse_other_lora(settings, lora, folder)
+    return _trainable_in_float32(model)
+
+
+def _refuse_other_lora(settings: Any, lora: LoraConfig, folder: str) -> None:
+    """An adapter that goes on being trained keeps its shape; settings that say otherwise would have no effect."""
+    targets = None if lora.targets == "auto" else {t.strip() for t in lora.targets.split(",")}
+    given = (
+        ("rank", lora.rank, settings.r),
+        ("alpha", lora.alpha, settings.lora_alpha),
+        ("targets", targets, set(settings.target_modules)),
+    )
+    for name, wanted, found in given:
+        if wanted is not None and wanted != found:
+            raise ConfigError(
+                f"lora.{name}: {wanted}, but the adapter in {folder} that would go on being trained has {name} {found}",
+                hint=f"leave it as it is (--lora-rank {settings.r}), or merge it and train all weights: --lora-rank 0",
+            )
+
+
+def _trainable_in_float32(model: Any) -> Any:
+    """Embeddings and heads that train beside adapters are copies of the base's, which may be bf16: too coarse for
+    small steps."""
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
     return model
 
 
@@ -354,6 +377,26 @@ def reward_head(model: Any) -> nn.Module:
     """The scalar head of a sequence classifier."""
     inner = base_model(model)
     return next(getattr(inner, name) for name in HEAD_NAMES if hasattr(inner, name))
+
+
+def load_frozen_adapter(model: Any, folder: str, name: str) -> None:
+    """Put a second, frozen adapter beside the one that trains, which stays active."""
+    model.load_adapter(folder, name, is_trainable=False)
+    inner = base_model(model)
+    embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
+    # Where the embedding trains and the head is tied to it, peft gives a further adapter an embedding but no head.
+    if name in getattr(embedding, "modules_to_save", {}) and name not in getattr(head, "modules_to_save", {name: None}):
+        head.update(name, tied_module=embedding.modules_to_save[name])
+    model.set_adapter("default")
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Make passes in training mode compute what passes in eval mode do (which would end gradient checkpointing)."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010 -- not declared by nn.Module
 
 
 def grow_vocabulary(model: Any, tokens: int) -> str:

@@ -5,9 +5,17 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 Resolved = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def current_device() -> torch.device:
+    """This process's device, after joining the other processes if there are any."""
+    # PartialState alone does not look at what `accelerate launch --cpu` says; Accelerator, made later, does.
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
 
 
 def resolve_precision(wanted: str, device: torch.device) -> Resolved:

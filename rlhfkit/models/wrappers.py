@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rlhfkit.algo.logprobs import TokenStats, token_logprobs
 from rlhfkit.data.batch import TokenBatch
-from rlhfkit.models.load import backbone, base_model, reward_head
+from rlhfkit.models.load import backbone, base_model, disable_dropout, reward_head
 
 
 def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -51,8 +51,10 @@ class RewardModel(nn.Module):
         hidden = hidden_states(self.model, input_ids, attention_mask)
         last = attention_mask.sum(dim=1) - 1
         pooled = hidden[torch.arange(len(last), device=last.device), last]
+        head = reward_head(self.model)
         with torch.autocast(pooled.device.type, enabled=False):
-            return reward_head(self.model)(pooled.float()).squeeze(-1)
+            # float32, except under FSDP's mixed precision, which hands out 16-bit copies of all weights.
+            return head(pooled.to(next(head.parameters()).dtype)).squeeze(-1).float()
 
 
 class PolicyOutput(NamedTuple):
@@ -65,6 +67,8 @@ class PolicyOutput(NamedTuple):
 
 class PolicyModel(nn.Module):
     """A policy and, for GAE, its value function: a head on the policy's trunk or on a trunk of its own.
+
+    Dropout is turned off for good: PPO compares probabilities, and noise in them is noise in the ratio.
 
     Args:
         model: causal language model, transformers or peft.
@@ -83,6 +87,7 @@ class PolicyModel(nn.Module):
             self.value_head = nn.Linear(base_model(model).config.hidden_size, 1)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
+        disable_dropout(self)
 
     def forward(self, batch: TokenBatch, temperature: float = 1.0, vocabulary: int | None = None) -> PolicyOutput:
         hidden = hidden_states(self.model, batch.input_ids, batch.attention_mask).flatten(0, 1)

@@ -23,15 +23,15 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 from torch import Tensor
 
 from rlhfkit.config.load import differing_keys, dump_config
 from rlhfkit.config.stages import StageConfig
 from rlhfkit.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError
-from rlhfkit.models.precision import DTYPES, Resolved, resolve_precision
+from rlhfkit.models.precision import DTYPES, Resolved, current_device, resolve_precision
 from rlhfkit.runtime.checkpoint import checkpoint_folders, load_checkpoint, save_checkpoint, save_only_what_trains
 from rlhfkit.runtime.screen import Screen, quiet_libraries
 
@@ -74,6 +74,11 @@ class Run:
     @property
     def is_main(self) -> bool:
         return bool(self.accelerator.is_main_process)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds a part of the weights: then no process can do anything with them alone."""
+        return self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
     @property
     def device(self) -> torch.device:
@@ -332,8 +337,9 @@ def start_run(config: StageConfig) -> Run:
     out = Path(config.out)
     trackers = [t for t in config.run.trackers if t != "none"]
     # Knows the device before the number format is chosen, which can be chosen only once in a process.
-    precision = resolve_precision(config.model.precision, PartialState().device)
-    if precision == "fp16" and PartialState().device.type == "cpu":
+    device = current_device()
+    precision = resolve_precision(config.model.precision, device)
+    if precision == "fp16" and device.type == "cpu":
         raise ConfigError("model.precision: fp16 does not train on a CPU", hint="give --precision bf16 or fp32")
     AcceleratorState._reset_state()  # stages may follow each other in one process, as in `rlhfkit demo`
     accelerator = Accelerator(
@@ -343,6 +349,11 @@ def start_run(config: StageConfig) -> Run:
         # Our buffers are constants. Broadcasting them at each pass would hang processes with fewer passes than others.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ConfigError(
+            "DeepSpeed is not supported: its engine takes a step at every micro-batch, and ours sum several",
+            hint="shard with FSDP2 instead: docs/distributed.md",
+        )
     screen = Screen(speaks=accelerator.is_main_process)
     check_folder(config, out)
     accelerator.wait_for_everyone()  # nobody writes before everybody has looked
@@ -391,7 +402,10 @@ def finished_result(config: StageConfig) -> StageResult | None:
         return None
     lines = metrics.read_text(encoding="utf-8").splitlines()
     end = json.loads(lines[-1]) if lines and '"event": "end"' in lines[-1] else None
-    return StageResult(out, out / "final", end) if end is not None else None
+    if end is None:
+        return None
+    Screen(speaks=os.environ.get("RANK", "0") == "0").line(f"{out} is finished already: {out / 'final'}")
+    return StageResult(out, out / "final", end)
 
 
 def append_json(path: Path, row: Mapping[str, Any]) -> None:

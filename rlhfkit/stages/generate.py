@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 
 from rlhfkit.chat.messages import Message
 from rlhfkit.config.stages import GenerateConfig
@@ -18,7 +17,7 @@ from rlhfkit.data.sources import load_records
 from rlhfkit.errors import DataError
 from rlhfkit.models.folder import open_model
 from rlhfkit.models.load import LoadedModel, load_model, load_text_side
-from rlhfkit.models.precision import DTYPES, resolve_precision
+from rlhfkit.models.precision import DTYPES, current_device, resolve_precision
 from rlhfkit.models.sampling import Answer, SamplingSettings, sample_answers
 from rlhfkit.runtime.screen import Screen, quiet_libraries
 
@@ -43,7 +42,7 @@ class Speaker:
     def __init__(self, config: GenerateConfig) -> None:
         self.config = config
         self.screen = Screen()
-        device = PartialState().device
+        device = current_device()
         dtype = DTYPES[resolve_precision(config.precision, device)]
         source = open_model(config.model, adapter=config.adapter)
         text = load_text_side(

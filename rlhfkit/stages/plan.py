@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
@@ -14,7 +13,7 @@ from rlhfkit.config.stages import PpoConfig, StageConfig
 from rlhfkit.data.batch import BatchOrder
 from rlhfkit.data.tokenize import tokenize_pairs, tokenize_prompts, tokenize_sft
 from rlhfkit.models.folder import open_model
-from rlhfkit.models.precision import DTYPES, resolve_precision
+from rlhfkit.models.precision import DTYPES, current_device, resolve_precision
 from rlhfkit.models.reward_sources import is_function
 from rlhfkit.runtime.run import check_folder
 from rlhfkit.runtime.screen import Screen, quiet_libraries
@@ -51,7 +50,7 @@ def run(config: StageConfig) -> dict[str, float]:
 
     parts = memory_parts(config, source.config, len(text.tokenizer), text.family.lora_targets)
     console = Console()
-    table = Table(title=f"rlhfkit {config.stage}: memory on one {PartialState().device.type} device")
+    table = Table(title=f"rlhfkit {config.stage}: memory on one {current_device().type} device")
     table.add_column("part")
     table.add_column("GiB", justify="right")
     for name, size in parts.items():
@@ -92,7 +91,7 @@ def memory_parts(
     linear = {n: m.weight.numel() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     total = sum(p.numel() for p in model.parameters())
     blocks = sum(size for name, size in linear.items() if "lm_head" not in name)
-    precision = resolve_precision(config.model.precision, PartialState().device)
+    precision = resolve_precision(config.model.precision, current_device())
     width = DTYPES[precision].itemsize
     rank = config.lora.rank
     if rank == 0:

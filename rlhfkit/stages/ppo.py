@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,7 +29,15 @@ from rlhfkit.data.batch import TokenBatch, share
 from rlhfkit.data.records import PromptRecord
 from rlhfkit.data.tokenize import PromptRow, tokenize_prompts
 from rlhfkit.errors import ConfigError
-from rlhfkit.models.load import LoadedModel, Task, TextSide, backbone, load_model, reward_head
+from rlhfkit.models.load import (
+    LoadedModel,
+    Task,
+    TextSide,
+    backbone,
+    load_frozen_adapter,
+    load_model,
+    reward_head,
+)
 from rlhfkit.models.reward_sources import ModelReward, WeightedReward, open_rewards
 from rlhfkit.models.sampling import SamplingSettings
 from rlhfkit.models.save import save_model
@@ -78,7 +86,7 @@ def run(config: PpoConfig) -> StageResult:
         return done
     run = start_run(config)
     ppo = config.ppo
-    if run.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    if run.sharded:
         raise ConfigError(
             "PPO samples token by token, which sharded weights make too slow to offer",
             hint="launch it with plain data parallelism (DDP); --quantize 4bit with --lora-rank saves more memory",
@@ -242,7 +250,7 @@ def _update(
                     value = value_loss(out.values, micro.old_values, micro.returns, ppo.value_cliprange).sum()
                     loss = loss + ppo.value_coef * value
                 if ppo.advantage == "grpo":  # there the KL is part of the loss, not of the reward
-                    loss = loss + kl_coef * kl_estimate(out.logprobs, micro.ref_logprobs, ppo.kl_estimator).sum()
+                    loss = loss + kl_coef * kl_estimate(out.logprobs, micro.ref_logprobs, config.kl_estimator).sum()
                 if ppo.entropy_coef:
                     loss = loss - ppo.entropy_coef * out.entropy.sum()
                 with torch.no_grad():
@@ -297,7 +305,8 @@ def _shape_scores(rollout: Rollout, config: PpoConfig, running: RunningMoments) 
     ppo, scores = config.ppo, rollout.scores
     if ppo.reward_normalize:
         running.update(scores)
-        scores = scores / (running.std + 1e-8)
+        # Scores that are all alike (a fresh reward, a rule that nothing meets yet) have no scale to divide by.
+        scores = scores / running.std if running.std > 1e-6 else scores
     if ppo.reward_clip:
         scores = scores.clamp(-ppo.reward_clip, ppo.reward_clip)
     return apply_missing_eos_penalty(scores, rollout.ended, ppo.missing_eos_penalty)
@@ -306,7 +315,7 @@ def _shape_scores(rollout: Rollout, config: PpoConfig, running: RunningMoments) 
 def _targets(rollout: Rollout, scores: Tensor, kl_coef: float, config: PpoConfig) -> Targets:
     """Advantages and returns of a rollout, whitened over all of it."""
     ppo, mask = config.ppo, rollout.mask
-    kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, ppo.kl_estimator) * mask
+    kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, config.kl_estimator) * mask
     if ppo.advantage == "gae":
         rewards = token_rewards(scores, kl, mask, kl_coef)
         found = gae(rewards, rollout.values, mask, gamma=ppo.gamma, lam=ppo.lam)
@@ -323,11 +332,9 @@ def _targets(rollout: Rollout, scores: Tensor, kl_coef: float, config: PpoConfig
 
 def prompts_of_step(count: int, per_step: int, seed: int, step: int) -> list[int]:
     """Indices of the prompts of a step: shuffled epochs laid end to end, a pure function of seed and step."""
-    chosen = []
-    for place in range((step - 1) * per_step, step * per_step):
-        epoch, within = divmod(place, count)
-        chosen.append(int(np.random.default_rng((seed, epoch)).permutation(count)[within]))
-    return chosen
+    places = [divmod(place, count) for place in range((step - 1) * per_step, step * per_step)]
+    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(count) for epoch in {e for e, _ in places}}
+    return [int(orders[epoch][within]) for epoch, within in places]
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
@@ -337,8 +344,7 @@ def _reference(loaded: LoadedModel, run: Run) -> PolicyModel | None:
     """The policy as it is now. With adapters it is the base without them, or a frozen copy of the SFT adapter."""
     if loaded.is_lora:
         if loaded.source.adapter is not None:
-            loaded.model.load_adapter(loaded.source.adapter, "reference", is_trainable=False)
-            loaded.model.set_adapter("default")
+            load_frozen_adapter(loaded.model, loaded.source.adapter, "reference")
         return None
     # Weights in the same format as the policy's: a difference in rounding would be a KL of its own.
     frozen = copy.deepcopy(loaded.model).requires_grad_(False).eval()
@@ -410,8 +416,13 @@ def _describe(rollout: Rollout) -> dict[str, float]:
         "response_tokens": float(rollout.mask.sum(dim=1).float().mean()),
         "eos_rate": float(rollout.ended.float().mean()),
     }
-    for name in rollout.episodes[0].components if len(rollout.episodes[0].components) > 1 else ():
-        found[f"reward/{Path(name).name}"] = sum(e.components[name] for e in rollout.episodes) / len(rollout.episodes)
+    names = list(rollout.episodes[0].components)
+    if len(names) > 1:
+        # runs/a/final and runs/b/final are told apart by more than their last part.
+        last = [Path(name).name for name in names]
+        for name, short in zip(names, last if len(set(last)) == len(last) else names, strict=True):
+            scores = [e.components[name] for e in rollout.episodes]
+            found[f"reward/{short}"] = sum(scores) / len(scores)
     return found
 
 

@@ -104,9 +104,9 @@ def _read(
 
 
 def _sample(run: Run, model: Any, text: TextSide, records: list[SftRecord]) -> None:
-    """Write a few greedy answers to held-out prompts into samples.jsonl, the main process alone."""
+    """Write a few greedy answers to held-out prompts into samples.jsonl; the main process alone, so not if sharded."""
     prompts = [r.messages[:-1] for r in records if r.messages][:SAMPLES]
-    if not (run.is_main and prompts):
+    if run.sharded or not (run.is_main and prompts):
         return
     settings = SamplingSettings(
         max_new_tokens=SAMPLE_TOKENS, temperature=0.0, stop_ids=text.tokens.stop_ids, vocabulary=len(text.tokenizer)
