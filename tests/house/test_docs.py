@@ -151,6 +151,8 @@ def test_commands_and_options_in_messages_exist() -> None:
     """Hints of errors name the next command; one that does not exist leaves people stuck."""
     unknown = []
     for path in SOURCES:
+        if path.name == "launch.py":  # reads the options of accelerate's command
+            continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not (isinstance(node, ast.Constant) and isinstance(node.value, str)):
                 continue

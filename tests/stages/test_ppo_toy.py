@@ -493,12 +493,6 @@ def test_nothing_is_kept_where_only_the_head_trains() -> None:
 @pytest.mark.parametrize("kind", [None, "k2", "k3"])
 def test_the_kl_in_the_loss_of_grpo_holds_the_policy(tmp_path: Path, kind: str | None) -> None:
     """Every token once, weighed by how often it is sampled; no advantage, so that the KL is all there is."""
-    from dataclasses import replace
-
-    from test_ppo_toy import TOKENS, next_token, record
-
-    from rlhfkit.stages.ppo import Targets
-
     policy = make_policy(None)
     p = next_token(policy)
     counts = (p * 400).round().long().tolist()
@@ -515,4 +509,4 @@ def test_the_kl_in_the_loss_of_grpo_holds_the_policy(tmp_path: Path, kind: str |
         rollout_size=len(answers), batch_size=len(answers), **changes,
     )  # fmt: skip
     norm = torch.stack([g.grad.norm() for g in policy.parameters() if g.grad is not None]).norm()
-    assert norm > 0.3, norm  # with the default, k1, only rounding of the counts is left of it
+    assert norm > 0.3, norm  # of k1 only the rounding of the counts would be left
