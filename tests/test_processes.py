@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -46,14 +47,14 @@ def two_processes(*words: str) -> list[dict[str, Any]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", str(port))
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, *launch, "-m", "rlhfkit", *words], env=env, stderr=subprocess.PIPE, text=True
-    )
+    # A folder of its own for accelerate's settings: those of whoever runs the tests are not meant.
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(Path("hub").resolve())}
+    command = [sys.executable, *launch, "-m", "rlhfkit", *words]
+    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         err = process.communicate(timeout=120)[1]
     except subprocess.TimeoutExpired:
-        process.terminate()  # the launcher ends its processes, which wait for each other
+        os.killpg(process.pid, signal.SIGTERM)  # torch's launcher is among them, and ends what it has started
         pytest.fail(f"the processes hang: {process.communicate()[1]}")
     assert process.returncode == 0, err
     assert "2 processes, run folder two" in err

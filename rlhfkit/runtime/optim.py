@@ -81,6 +81,8 @@ class Optimisation:
             passes = [(spare, 0.0)]
         for i, (micro, weight) in enumerate(passes):
             last = i == len(passes) - 1
+            if accelerator.distributed_type == DistributedType.DEEPSPEED:
+                accelerator.sync_gradients = last  # its engine clips and steps by itself, in the last backward pass
             with nullcontext() if last else accelerator.no_sync(self.module):
                 loss = weight * loss_of(micro)
                 total += loss.detach()

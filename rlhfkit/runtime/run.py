@@ -350,10 +350,16 @@ def start_run(config: StageConfig) -> Run:
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ConfigError(
-            "DeepSpeed is not supported: its engine takes a step at every micro-batch, and ours sum several",
-            hint="shard with FSDP2 instead: docs/distributed.md",
-        )
+        # DeepSpeed wants to know batches beforehand. Ours differ from step to step, and are summed, not averaged.
+        plugin = accelerator.state.deepspeed_plugin
+        if plugin.zero_stage == 3:
+            raise ConfigError(
+                "DeepSpeed's ZeRO stage 3 does not work with how these stages call their models: losses become NaN",
+                hint="use ZeRO stage 1 or 2, or shard the weights with FSDP2: docs/distributed.md",
+            )
+        settings = plugin.deepspeed_config
+        settings.update(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1)
+        settings["gradient_clipping"] = config.optim.max_grad_norm
     screen = Screen(speaks=accelerator.is_main_process)
     check_folder(config, out)
     accelerator.wait_for_everyone()  # nobody writes before everybody has looked

@@ -21,8 +21,9 @@ from rlhfkit.stages.common import open_text_side, read_records, say_report
 from rlhfkit.stages.ppo import ROLLOUT_BATCH
 
 GIB = 2**30
-# Measured on a LLaMA layer: values kept for the backward pass per token, in units of the hidden size.
-KEPT_PER_LAYER = 34
+# Bytes kept for the backward pass, per token and unit of the hidden size, in one LLaMA layer with autocast. Fitted to
+# the peak memory of examples/smollm2/sft.yaml on a CPU; the least certain figure here.
+KEPT_PER_LAYER = 150
 
 
 def run(config: StageConfig) -> dict[str, float]:
@@ -104,16 +105,14 @@ def memory_parts(
         weights = per_block_weight * blocks + width * (total - blocks) + 4.0 * trainable
     layers, hidden = shape.num_hidden_layers, shape.hidden_size
     in_flight = max(config.optim.micro_batch_tokens, config.data.max_length)
-    kept = (
-        2 * hidden * layers + KEPT_PER_LAYER * hidden
-        if config.optim.gradient_checkpointing
-        else (KEPT_PER_LAYER * hidden * layers)
-    )
+    layer = KEPT_PER_LAYER * hidden
+    # With checkpointing each layer keeps its input, and one layer at a time is computed again.
+    kept = 4 * hidden * layers + layer if config.optim.gradient_checkpointing else layer * layers
     parts = {
         f"weights ({model_type}, {total / 1e9:.2f} billion)": weights,
         f"gradients ({trainable / 1e6:.1f} million train)": 4.0 * trainable,
         "AdamW": 8.0 * trainable,
-        f"activations of {in_flight:,} tokens": float(in_flight * kept * width),
+        f"activations of {in_flight:,} tokens": float(in_flight * kept),
         "logits of one chunk": 3.0 * 4 * min(CHUNK_TOKENS, in_flight) * max(shape.vocab_size, tokens),
     }
     if isinstance(config, PpoConfig):

@@ -112,17 +112,19 @@ def test_more_answers_than_prompts_are_refused(cli: Any, prompts_file: Path) -> 
 
 
 def test_chat_remembers_until_told_to_forget(cli: Any, asked: Conversations, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\n/clear\nthree\n/exit\nnever read\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\nmore\n/clear\nthree\n/exit\nnever read\n"))
     outcome = cli("generate", "--model", "tiny", "--system", "s", *SHORT)
     assert outcome.code == 0, outcome.err
     assert "type a message; /clear forgets the conversation" in outcome.err
     assert "the conversation is forgotten" in outcome.err
-    first, second, third = asked
+    first, second, third, fresh = asked
     assert first == [("system", "s"), ("user", "one")]
     assert second[:2] == first
     assert [role for role, _ in second] == ["system", "user", "assistant", "user"]
     assert second[3] == ("user", "two")
-    assert third == [("system", "s"), ("user", "three")]
+    assert third[:4] == second
+    assert third[5] == ("user", "more")
+    assert fresh == [("system", "s"), ("user", "three")]
     assert second[2][1].strip() in outcome.out
 
 
