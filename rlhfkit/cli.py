@@ -20,7 +20,7 @@ import typer
 from rlhfkit import __version__
 from rlhfkit.config.load import FieldPath, iterate_fields, load_config
 from rlhfkit.config.stages import STAGES, AnyConfig, StageConfig
-from rlhfkit.errors import ConfigError, Interrupted, RlhfkitError
+from rlhfkit.errors import CheckpointError, ConfigError, Interrupted, RewardError, RlhfkitError
 from rlhfkit.runtime.launch import start_cpu_processes
 
 app = typer.Typer(
@@ -49,7 +49,9 @@ def main() -> None:
         start_cpu_processes()
         app()
     except RlhfkitError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # other processes meet the same error
+        rank = os.environ.get("RANK", "0")
+        # Most errors meet all processes, and one says so; these may have happened to another one alone.
+        if rank == "0" or isinstance(error, (RewardError, CheckpointError)):
             label = "stopped" if error.exit_code == 130 else "error"
             print(f"{label}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

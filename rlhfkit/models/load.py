@@ -180,7 +180,7 @@ def load_model(
     if task == "reward":
         if head_is_missing and not _adapter_holds_head(source):
             _start_head(model, source, fresh_head)
-        reward_head(model).float()  # scores are compared with each other; bf16 keeps three digits of them
+        _exact_head(model, source)
     inner = base_model(model)
     align_model(text.tokens, inner)
     inner.config.use_cache = False
@@ -350,6 +350,21 @@ def _start_head(model: Any, source: ModelSource, fresh_head: bool) -> None:
     for module in reward_head(model).modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=1.0 / math.sqrt(module.in_features + 1))
+
+
+def _exact_head(model: Any, source: ModelSource) -> None:
+    """Hold the head in float32, as its file does: scores are compared, and bf16 keeps three digits of them."""
+    from safetensors import safe_open
+
+    head = reward_head(model).float()
+    if source.adapter is not None or not Path(source.base).is_dir():
+        return
+    for path in Path(source.base).glob("*.safetensors"):
+        with safe_open(path, framework="pt") as weights:
+            for name in HEAD_NAMES:
+                if f"{name}.weight" in weights.keys():  # noqa: SIM118 -- the file's own list, not a mapping
+                    with torch.no_grad():
+                        head.weight.copy_(weights.get_tensor(f"{name}.weight"))  # type: ignore[operator]
 
 
 def _no_head(source: ModelSource) -> ModelError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,8 @@ class FunctionReward:
         self._named = {p.name for p in parameters} - {"prompts", "responses"}
 
     def score(self, records: Sequence[PromptRecord], answers: Sequence[str]) -> list[float]:
-        names = sorted({name for record in records for name in record.columns})
+        # A row's own "responses" is not what was sampled; the two names belong to us.
+        names = sorted({name for record in records for name in record.columns} - {"prompts", "responses"})
         columns = {
             name: [record.columns.get(name) for record in records]
             for name in names
@@ -73,13 +75,16 @@ class FunctionReward:
 def _load_function(path: Path, name: str) -> Callable[..., Any]:
     if not path.is_file():
         raise RewardError(f"no file {path} for the reward {path}:{name}", hint="write it as path/to/file.py:function")
-    spec = importlib.util.spec_from_file_location(f"rlhfkit_reward_{path.stem}", path)
+    name_of_module = f"rlhfkit_reward_{path.stem}_{abs(hash(path.resolve())):x}"
+    spec = importlib.util.spec_from_file_location(name_of_module, path)
     if spec is None or spec.loader is None:
         raise RewardError(f"{path} is no Python file", hint="write it as path/to/file.py:function")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name_of_module] = module  # dataclasses and pickle look their module up there
     try:
         spec.loader.exec_module(module)
     except Exception as error:
+        del sys.modules[name_of_module]
         raise RewardError(f"{path} does not import: {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):

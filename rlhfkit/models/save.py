@@ -12,7 +12,7 @@ from torch import nn
 
 from rlhfkit import __version__
 from rlhfkit.models.folder import RECORD
-from rlhfkit.models.load import LoadedModel, base_model
+from rlhfkit.models.load import HEAD_NAMES, LoadedModel, base_model
 
 
 def save_model(
@@ -39,7 +39,11 @@ def save_model(
     use_cache, inner.config.use_cache = inner.config.use_cache, True
     if not loaded.is_lora:
         stored = _stored_dtype(loaded)
-        state = {k: v.to(stored) if v.is_floating_point() else v for k, v in state.items()}
+        # Tied weights stay one tensor: cast once. A reward head stays float32, since scores are compared.
+        cast: dict[int, torch.Tensor] = {}
+        for name, value in state.items():
+            if value.is_floating_point() and not name.startswith(HEAD_NAMES):
+                state[name] = cast.setdefault(value.data_ptr(), value.to(stored))
         inner.config.dtype = stored
     try:
         loaded.model.save_pretrained(folder, state_dict=state)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from safetensors import SafetensorError
 from torch import nn
 
 from rlhfkit.errors import CheckpointError
@@ -52,7 +53,7 @@ def save_checkpoint(accelerator: Accelerator, out: Path, step: int, state: dict[
         if accelerator.is_main_process:
             (partial / STATE).write_text(json.dumps({"step": step, **state}), encoding="utf-8")
             _sync(partial)
-    except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError when the disk is full
+    except (OSError, RuntimeError, SafetensorError) as error:  # each writer has its own word for a full disk
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
         older = checkpoint_folders(out)
@@ -84,6 +85,8 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
         accelerator.load_state(str(folder))
+    except CheckpointError:
+        raise
     except Exception as error:
         raise CheckpointError(
             f"{folder} cannot be read: {type(error).__name__}: {error}",

@@ -54,6 +54,8 @@ def start_cpu_processes() -> None:
         parent = []
     count = wanted_cpu_processes(os.environ, parent)
     if count > 1:
+        # A step is finished and saved after Ctrl-C; torch's launcher would kill the processes after 30 seconds.
+        os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")
         port = os.environ.get("MASTER_PORT", "29500")
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(count), "--master_port", port]
         os.execv(sys.executable, [sys.executable, *launcher, "-m", "rlhfkit", *sys.argv[1:]])

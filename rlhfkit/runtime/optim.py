@@ -41,9 +41,10 @@ class Optimisation:
         self.config = config
         trainable = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         # Norms, biases and heads of one row are not decayed (Loshchilov & Hutter 2019, as is usual since GPT-2).
+        matrices = {id(p) for _, p in trainable if p.ndim >= 2 and p.shape[0] > 1}
         groups = [
-            {"params": [p for _, p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for _, p in trainable if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for _, p in trainable if id(p) in matrices], "weight_decay": config.weight_decay},
+            {"params": [p for _, p in trainable if id(p) not in matrices], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(
             [g for g in groups if g["params"]],

@@ -26,6 +26,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
+from safetensors import SafetensorError
 from torch import Tensor
 
 from rlhfkit.config.load import differing_keys, dump_config
@@ -122,7 +123,7 @@ class Run:
         """
         if self.is_main:
             self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / "config.resolved.yaml").write_text(dump_config(self.config), encoding="utf-8")
+            replace_text(self.out / "config.resolved.yaml", dump_config(self.config))
         trackers = [t for t in self.config.run.trackers if t != "none"]
         if trackers:
             self.accelerator.init_trackers(
@@ -133,7 +134,7 @@ class Run:
         folders = checkpoint_folders(self.out)
         if not folders:
             self.screen.line(f"no checkpoint in {self.out} yet: starting from the beginning")
-            self._truncate_records(0)
+            self._truncate_records(-1)  # the evaluation before the first step is done again too
             return
         state = load_checkpoint(self.accelerator, folders[-1])
         if state["fingerprint"] != self.fingerprint:
@@ -161,14 +162,14 @@ class Run:
             path = self.out / name
             if path.is_file():
                 kept = []
-                for text in path.read_text(encoding="utf-8").splitlines():
+                for text in json_lines(path):
                     try:  # a killed run may leave half a line
                         row = json.loads(text)
                     except json.JSONDecodeError:
                         continue
                     if row.get("step", 0) <= step and row.get("event") != "end":
                         kept.append(text + "\n")
-                path.write_text("".join(kept), encoding="utf-8")
+                replace_text(path, "".join(kept))
 
     # -- stepping ----------------------------------------------------------------------------------------------------
 
@@ -276,6 +277,8 @@ class Run:
         return bool(flags.any())
 
     def _resume_command(self) -> str:
+        if self.world > 1:
+            return "go on with the same launch command and --resume"
         return "go on with: " + command_line("--resume")
 
     # -- records -----------------------------------------------------------------------------------------------------
@@ -311,7 +314,13 @@ class Run:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
         self.accelerator.wait_for_everyone()
-        write_model(partial)
+        try:
+            write_model(partial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(
+                f"the model could not be written to {partial}: {error}",
+                hint="the last checkpoint is intact; make room and go on with --resume",
+            ) from error
         self.accelerator.wait_for_everyone()
         if self.is_main:
             shutil.rmtree(final, ignore_errors=True)
@@ -406,8 +415,11 @@ def finished_result(config: StageConfig) -> StageResult | None:
     metrics = out / "metrics.jsonl"
     if not (config.run.resume and metrics.is_file() and (out / "final").is_dir()):
         return None
-    lines = metrics.read_text(encoding="utf-8").splitlines()
-    end = json.loads(lines[-1]) if lines and '"event": "end"' in lines[-1] else None
+    lines = json_lines(metrics)
+    try:
+        end = json.loads(lines[-1]) if lines and '"event": "end"' in lines[-1] else None
+    except json.JSONDecodeError:  # killed in the middle of the line
+        end = None
     if end is None:
         return None
     Screen(speaks=os.environ.get("RANK", "0") == "0").line(f"{out} is finished already: {out / 'final'}")
@@ -415,9 +427,22 @@ def finished_result(config: StageConfig) -> StageResult | None:
 
 
 def append_json(path: Path, row: Mapping[str, Any]) -> None:
-    """One JSON object as one line, at once, so that a killed run keeps its records."""
+    """One JSON object as one line, at once, so that a killed run keeps its records. JSON has no infinity: null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.write(json.dumps(finite, ensure_ascii=False) + "\n")
+
+
+def json_lines(path: Path) -> list[str]:
+    """The lines of a JSON-lines file. (``splitlines`` would also cut at separators that texts may hold, as U+2028.)"""
+    return [line for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file beside and rename it, so that it is never half there."""
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
 
 
 def peak_memory_gib(device: torch.device) -> float:

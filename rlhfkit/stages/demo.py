@@ -20,6 +20,7 @@ from rich.table import Table
 from rlhfkit.config.load import load_config
 from rlhfkit.config.stages import PpoConfig, RmConfig, SftConfig
 from rlhfkit.errors import ConfigError
+from rlhfkit.runtime.run import json_lines
 from rlhfkit.runtime.screen import quiet_libraries
 from rlhfkit.stages import ppo, reward, sft
 
@@ -116,7 +117,7 @@ def run(out: Path, *, seed: int = 0, resume: bool = False) -> DemoResult:
 
 
 def _first_and_last(out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in json_lines(out / "metrics.jsonl")]
     evaluations = [row for row in rows if any(key.startswith("eval_") for key in row)]
     return evaluations[0], evaluations[-1]
 
@@ -141,7 +142,7 @@ def _figures(result: DemoResult) -> Table:
 
 
 def _answers(out: Path) -> Table:
-    rows = [json.loads(line) for line in (out / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in json_lines(out / "samples.jsonl")]
     steps = sorted({row["step"] for row in rows})
     first = [row for row in rows if row["step"] == steps[0]]
     last = [row for row in rows if row["step"] == steps[-1]]

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from rlhfkit.chat.messages import Message
+from rlhfkit.config.load import differing_keys
 from rlhfkit.config.stages import GenerateConfig
 from rlhfkit.data.records import PromptRecord
 from rlhfkit.data.sources import load_records
@@ -19,6 +20,7 @@ from rlhfkit.models.folder import open_model
 from rlhfkit.models.load import LoadedModel, load_model, load_text_side
 from rlhfkit.models.precision import DTYPES, current_device, resolve_precision
 from rlhfkit.models.sampling import Answer, SamplingSettings, sample_answers
+from rlhfkit.runtime.run import replace_text
 from rlhfkit.runtime.screen import Screen, quiet_libraries
 
 CHAT_HELP = "type a message; /clear forgets the conversation, /exit or Ctrl-D ends it"
@@ -124,9 +126,10 @@ def answer_file(config: GenerateConfig, speaker: Speaker) -> None:
     records = [r for group in groups for r in group if isinstance(r, PromptRecord)]
     output = Path(config.output)
     done = _answers_done(output, records, config)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    _refuse_other_settings(output, config, done)
     if done:
         speaker.screen.line(f"{output} holds {done} of {len(records)} answers already: going on from there")
-    output.parent.mkdir(parents=True, exist_ok=True)
     ended = 0
     with (
         output.open("a", encoding="utf-8") as file,
@@ -152,13 +155,28 @@ def answer_file(config: GenerateConfig, speaker: Speaker) -> None:
     )
 
 
+def _refuse_other_settings(output: Path, config: GenerateConfig, done: int) -> None:
+    """Remember beside the answers how they were made; going on with another model or temperature would mix them."""
+    beside = output.with_name(f"{output.name}.settings.json")
+    settings = config.model_dump(mode="json", exclude={"output", "stream", "batch_size", "hf_endpoint"})
+    if done and beside.is_file():
+        old = json.loads(beside.read_text(encoding="utf-8"))
+        if changed := differing_keys(old, settings):
+            values = "; ".join(f"{key}: {old.get(key)!r} -> {settings.get(key)!r}" for key in changed)
+            raise DataError(
+                f"{output} holds {done} answers made with other settings: {values}",
+                hint="give another --output, or delete this one to start again",
+            )
+    replace_text(beside, json.dumps(settings, ensure_ascii=False, indent=2) + "\n")
+
+
 def _answers_done(output: Path, records: Sequence[PromptRecord], config: GenerateConfig) -> int:
     """How many whole lines the output has; a half line at its end is taken off."""
     if not output.is_file():
         return 0
     raw = output.read_bytes()
     whole = raw[: raw.rfind(b"\n") + 1]
-    lines = whole.decode("utf-8").splitlines()
+    lines = whole.decode("utf-8").split("\n")[:-1]
     for i, line in enumerate(lines):
         expected = [m.as_dict() for m in records[i].prompt] if i < len(records) else None
         try:

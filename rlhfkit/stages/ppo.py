@@ -8,6 +8,7 @@ updates. Schulman et al. 2017 (PPO); Ziegler et al. 2019 and Ouyang et al. 2022 
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,7 +102,10 @@ def run(config: PpoConfig) -> StageResult:
     source, text = open_text_side(config)
     rows = _read(config, config.data.train, text, run, "training")
     held_out = _read(config, config.data.eval, text, run, "held out")
-    run.note_data(row.prompt.tobytes() for row in rows)
+    run.note_data(
+        json.dumps([[m.content for m in r.record.prompt], dict(r.record.columns)], sort_keys=True, default=str).encode()
+        for r in rows
+    )
 
     # 2. Policy, reference, value function, rewards.
     loaded = load_for_training(config, run, source, text, "causal")

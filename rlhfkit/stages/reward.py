@@ -62,7 +62,9 @@ def run(config: RmConfig) -> StageResult:
     source, text = open_text_side(config)
     rows = _read(config, config.data.train, text, run, "training")
     held_out = _read(config, config.data.eval, text, run, "held out")
-    run.note_data(row.prompt.tobytes() + b"".join(a.tobytes() for a in row.answers) for row in rows)
+    run.note_data(
+        row.prompt.tobytes() + b"".join(a.tobytes() for a in row.answers) + str(row.margin).encode() for row in rows
+    )
 
     # 2. Model with its head, optimiser, order of the data.
     loaded = load_for_training(config, run, source, text, "reward")

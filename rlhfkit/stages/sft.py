@@ -6,6 +6,7 @@ micro-batches nor processes change it (transformers#34191 tells what happens oth
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def run(config: SftConfig) -> StageResult:
         passes = update.lockstep(micro_batches(held_out), spare)
         loss = sum(weight * float(-update.module(micro).logprobs.sum()) for micro, weight in passes)
         (loss,) = run.sum_over_processes([loss])
-        _sample(run, loaded.model, text, held_out_records)
+        _sample(run, loaded.model, text, held_out_records, config.data.max_length)
         update.module.train()
         return {"eval_loss": loss / sum(row.targets for row in held_out)}
 
@@ -103,17 +104,21 @@ def _read(
     return rows, records
 
 
-def _sample(run: Run, model: Any, text: TextSide, records: list[SftRecord]) -> None:
+def _sample(run: Run, model: Any, text: TextSide, records: list[SftRecord], max_length: int) -> None:
     """Write a few greedy answers to held-out prompts into samples.jsonl; the main process alone, so not if sharded."""
-    prompts = [r.messages[:-1] for r in records if r.messages][:SAMPLES]
-    if run.sharded or not (run.is_main and prompts):
+    if run.sharded or not run.is_main:
         return
+    candidates = ((r.messages[:-1], text.encoder.encode_prompt(r.messages[:-1])) for r in records if r.messages)
+    fitting = list(islice((c for c in candidates if len(c[1]) + SAMPLE_TOKENS <= max_length), SAMPLES))
+    if not fitting:
+        return
+    prompts = [messages for messages, _ in fitting]
     settings = SamplingSettings(
         max_new_tokens=SAMPLE_TOKENS, temperature=0.0, stop_ids=text.tokens.stop_ids, vocabulary=len(text.tokenizer)
     )
     answers = sample_answers(
         model,
-        [text.encoder.encode_prompt(p) for p in prompts],
+        [ids for _, ids in fitting],
         settings,
         seeds=[(0,)] * len(prompts),
         pad_id=text.tokens.pad_id,

@@ -159,3 +159,30 @@ def test_repeated_from_its_resolved_config(settings, sft_file, tmp_path):
     second = sft.run(load_config(SftConfig, recipe=recipe, flags={"run.out": str(tmp_path / "second")}))
     a, b = weights(first.final), weights(second.final)
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_bf16_base_is_saved_in_bf16_with_one_tied_tensor(settings, sft_file, tiny_model, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "bf16")
+    result = train(settings("run", model__path=str(tmp_path / "bf16"), data__train=[str(sft_file)]))
+    stored = weights(result.final)
+    assert "lm_head.weight" not in stored
+    assert {v.dtype for v in stored.values()} == {torch.bfloat16}
+
+
+def test_resuming_before_the_first_checkpoint_starts_cleanly(settings, sft_file):
+    """A run killed before any checkpoint: its records are not doubled."""
+    flags = settings("run", data__train=[str(sft_file)], data__eval=[str(sft_file)], run__save_every=0)
+
+    def crash(self, record):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rlhfkit.runtime.run.Run._refuse_non_finite", crash)
+        with pytest.raises(KeyboardInterrupt):
+            train(flags)
+    result = train({**flags, "run.resume": True})
+    rows = read_metrics(result.out)
+    assert [row.get("event") for row in rows if "event" in row] == ["start", "end"]

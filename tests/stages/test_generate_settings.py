@@ -1,0 +1,38 @@
+"""Answers in a file are of one model and one way of sampling."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from rlhfkit.config.load import load_config
+from rlhfkit.config.stages import GenerateConfig
+from rlhfkit.errors import DataError
+from rlhfkit.stages import generate
+
+
+def test_going_on_with_other_settings_is_refused(tiny_model, prompts_file, tmp_path):
+    flags = {
+        "model": str(tiny_model), "input": str(prompts_file), "output": str(tmp_path / "answers.jsonl"),
+        "max_new_tokens": 4, "precision": "fp32",
+    }  # fmt: skip
+    generate.run(load_config(GenerateConfig, flags=flags))
+    before = (tmp_path / "answers.jsonl").read_text()
+    generate.run(load_config(GenerateConfig, flags=flags))
+    assert (tmp_path / "answers.jsonl").read_text() == before
+    with pytest.raises(DataError, match=r"made with other settings: temperature: 0\.7 -> 0\.1"):
+        generate.run(load_config(GenerateConfig, flags={**flags, "temperature": 0.1}))
+    assert (tmp_path / "answers.jsonl").read_text() == before
+
+
+def test_separators_inside_texts_do_not_cut_lines(tiny_model, tmp_path):
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text(json.dumps({"prompt": "good\u2028film"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    flags = {
+        "model": str(tiny_model), "input": str(prompts), "output": str(tmp_path / "a.jsonl"), "max_new_tokens": 2,
+        "precision": "fp32",
+    }  # fmt: skip
+    for _ in range(2):
+        generate.run(load_config(GenerateConfig, flags=flags))
+    assert len((tmp_path / "a.jsonl").read_text(encoding="utf-8").split("\n")) == 2
