@@ -131,7 +131,7 @@ def read_recipe(name: str) -> dict[str, Any]:
     """
     path = find_recipe(name)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is no YAML: {str(error).replace(chr(10), ' ')}") from error
     except UnicodeDecodeError as error:
@@ -141,6 +141,19 @@ def read_recipe(name: str) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds a {type(raw).__name__}, not a mapping of blocks", hint="see examples/")
     return raw
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """YAML in which a key stands once: of two blocks of one name the first would be dropped without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"'{name}' stands twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
 
 
 def dump_config(config: BaseModel) -> str:

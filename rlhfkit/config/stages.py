@@ -149,6 +149,14 @@ class PpoConfig(StageConfig):
                     f"{self.data.max_length} leaves no room for a prompt beside {ppo.max_new_tokens} new tokens",
                 )
             )
+        elif changed(ppo, "max_prompt_length") and ppo.max_prompt_length > self.data.max_length - ppo.max_new_tokens:
+            found.append(
+                (
+                    "ppo.max_prompt_length",
+                    f"{ppo.max_prompt_length} and {ppo.max_new_tokens} new tokens do not fit in "
+                    f"data.max_length {self.data.max_length}",
+                )
+            )
         return found
 
     @property

@@ -265,6 +265,11 @@ GRPO = {"ppo.advantage": "grpo", "ppo.samples_per_prompt": 2}
         ),
         ("ppo", {"ppo.episodes": 64, "optim.epochs": 2}, "ppo.episodes: stands beside optim.epochs; give one of them"),
         ("ppo", {"data.max_length": 256}, "data.max_length: 256 leaves no room for a prompt beside 256 new tokens"),
+        (
+            "ppo",
+            {"ppo.max_prompt_length": 800},
+            "ppo.max_prompt_length: 800 and 256 new tokens do not fit in data.max_length 1024",
+        ),
         ("generate", {"model": ""}, "model: no model is given; say --model FOLDER_OR_HUB_ID"),
         ("generate", {"prompt": "p", "input": "i", "output": "o"}, "prompt: stands beside input; give one of them"),
         ("generate", {"output": "o"}, "output: has no effect without input; give --input FILE"),
@@ -345,6 +350,8 @@ def test_a_recipe_of_another_stage_is_refused_with_its_command() -> None:
         ("optim: [1, 2", "a.yaml is no YAML: while parsing a flow sequence"),
         ("- sft\n- rm\n", "a.yaml holds a list, not a mapping of blocks"),
         ("just words", "a.yaml holds a str, not a mapping of blocks"),
+        ("optim: {lr: 0.1}\nmodel: {path: m}\noptim: {epochs: 2}\n", "a.yaml is no YAML: 'optim' stands twice"),
+        ("optim: {lr: 0.1, lr: 0.2}\n", "a.yaml is no YAML: 'lr' stands twice"),
     ],
 )
 def test_a_file_that_is_no_recipe(content: str, words: str) -> None:
