@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhfkit.families.base import Family
+from rlhfkit.families.legacy import Sentencepiece
 
 
 def _template(config: Mapping[str, Any], vocabulary: Mapping[str, int]) -> str:
@@ -29,6 +30,7 @@ FAMILY = Family(
     name="llama",
     title="LLaMA 2, LLaMA 3.x and models of the LLaMA architecture",
     model_types=("llama", "mistral"),
+    bare_sentencepiece=Sentencepiece(adds_bos=True),
     template="llama2",
     template_for=_template,
     pad_candidates=(
@@ -42,6 +44,14 @@ FAMILY = Family(
     ),
     stop_candidates=("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>", "</s>"),
     lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    starters=(
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", 0.135),
+        ("HuggingFaceTB/SmolLM2-360M-Instruct", 0.362),
+        ("meta-llama/Llama-3.2-1B-Instruct", 1.24),
+        ("meta-llama/Llama-3.2-3B-Instruct", 3.21),
+        ("meta-llama/Llama-3.1-8B-Instruct", 8.03),
+        ("meta-llama/Llama-3.1-70B-Instruct", 70.6),
+    ),
     notes=(
         "pad: a reserved token or <unk>, never eos",
         "LLaMA 3 base: turns end with <|eot_id|>, which is added to the stop list",

@@ -94,6 +94,7 @@ def test_sft(capfd: pytest.CaptureFixture[str]) -> None:
     assert after[-2]["loss"] == pytest.approx(before[-2]["loss"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_rm() -> None:
     rows = [{"prompt": f"film {i}?", "chosen": "good " * (i + 1), "rejected": f"bad {i}"} for i in ROWS]
     data = write_jsonl(Path("pairs.jsonl"), rows)

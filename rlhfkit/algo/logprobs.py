@@ -5,11 +5,12 @@ Shapes: N tokens, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_TOKENS = 512  # at a vocabulary of 152k, one chunk of float32 logits takes 0.3 GiB
@@ -34,22 +35,37 @@ def token_logprobs(
     vocabulary: int | None = None,
     with_entropy: bool = True,
     entropy_gradient: bool = False,
-    chunk_tokens: int = CHUNK_TOKENS,
+    equal_weights: bool = False,
+    chunk_tokens: int = 0,
 ) -> TokenStats:
     """Log-softmax of ``head(hidden) / temperature`` at ``targets``, chunk by chunk.
 
-    In the backward pass each chunk's logits are computed again, so that memory is one chunk's, whatever N is.
+    In the backward pass each chunk's logits are computed again, so that memory is one chunk's, whatever N is. Where the
+    loss is known to weigh all targets alike, their gradient is made from the first ones instead, up to that weight.
 
     Args:
-        head: maps [n, H] to logits [n, V].
+        head: maps [n, H] to logits [n, V]. A plain ``nn.Linear`` takes a path with its gradient written out.
         hidden: [N, H].
         targets: [N] token ids.
         temperature: of the distribution that was sampled.
         vocabulary: ids from here on are padding rows of the head; they take no part in the distribution.
         with_entropy: its softmax over the vocabulary costs about as much as the log-probabilities do.
         entropy_gradient: whether the entropy is part of a loss.
-        chunk_tokens: tokens whose logits exist at one time.
+        equal_weights: what comes back for the log-probabilities is one number for all of them, as from a mean. Then
+            there are no entropies.
+        chunk_tokens: tokens whose logits exist at one time; 0 is `CHUNK_TOKENS`, half of it on CPUs.
     """
+    chunk_tokens = chunk_tokens or (CHUNK_TOKENS // 2 if hidden.device.type == "cpu" else CHUNK_TOKENS)
+    if type(head) is nn.Linear and not isinstance(head.weight, DTensor):
+        if equal_weights and torch.is_grad_enabled():
+            found: Tensor = _LinearLogprobs.apply(
+                hidden, head.weight, head.bias, targets, temperature, vocabulary, chunk_tokens
+            )
+            return TokenStats(found, torch.zeros_like(found))
+        logprobs, entropy = _LinearStats.apply(
+            hidden, head.weight, head.bias, targets, temperature, vocabulary, with_entropy, chunk_tokens
+        )
+        return TokenStats(logprobs, entropy if entropy_gradient else entropy.detach())
 
     def one_chunk(h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         logits = head(h)[:, :vocabulary].float()
@@ -69,3 +85,247 @@ def token_logprobs(
         for h, t in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
     ]
     return TokenStats(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
+
+
+class _LinearStats(torch.autograd.Function):
+    """`token_logprobs` of a linear head.
+
+    With z the logits over the temperature, p = softmax(z) and S its entropy: d logprob / dz = onehot - p and
+    dS / dz = -p (log p + S). One buffer of [chunk, V] float32 serves all chunks of a pass: on a CPU, fresh memory for
+    each would cost more than the arithmetic.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        vocabulary: int | None,
+        with_entropy: bool,
+        chunk_tokens: int,
+    ) -> tuple[Tensor, Tensor]:
+        hidden, rows, offset = _as_computed(hidden, weight, bias, vocabulary)
+        log_z = hidden.new_empty(len(hidden), dtype=torch.float32)
+        logprobs, entropy = torch.empty_like(log_z), torch.zeros_like(log_z)
+        # Entropies need the logits beside their exponentials: half as many at a time take the same memory.
+        at_once = max(1, chunk_tokens // 2) if with_entropy else chunk_tokens
+        with torch.autocast(hidden.device.type, enabled=False):
+            for part, z, _ in _logit_chunks(hidden, rows, offset, temperature, at_once):
+                chosen = z.gather(1, targets[part, None]).squeeze(1)
+                top = z.amax(dim=-1)
+                # In place from here on: z - top, then its exponential.
+                weights = z.sub_(top[:, None]) if not with_entropy else z.sub(top[:, None])
+                total = weights.exp_().sum(dim=-1)
+                log_z[part] = top + total.log()
+                logprobs[part] = chosen - log_z[part]
+                if with_entropy:
+                    entropy[part] = log_z[part] - (weights.mul_(z).sum(dim=-1) / total)
+        ctx.save_for_backward(hidden, rows, offset, targets, log_z, entropy)
+        ctx.settings, ctx.weight, ctx.bias = (temperature, chunk_tokens), weight, bias
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, rows, offset, targets, log_z, entropy = ctx.saved_tensors
+        temperature, chunk_tokens = ctx.settings
+        found = _HeadGradient(ctx, hidden, rows, in_place=True)
+        by_entropy = bool(grad_entropy.any())
+        for part, z, logits in _logit_chunks(hidden, rows, offset, temperature, chunk_tokens):
+            log_p = z.sub_(log_z[part, None])
+            if by_entropy:
+                push = (log_p + entropy[part, None]).mul_(-grad_entropy[part, None]).sub_(grad_logprobs[part, None])
+                grad = log_p.exp_().mul_(push)
+            else:
+                grad = log_p.exp_().mul_(-grad_logprobs[part, None])
+            grad.scatter_add_(1, targets[part, None], grad_logprobs[part, None])
+            found.add(part, grad.div_(temperature) if temperature != 1.0 else grad, logits)
+        return *found.result(), *[None] * 5
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    """Log-probabilities of a linear head, and in the same pass their gradient's sum, which waits to be scaled.
+
+    Hsu et al. 2024 (Liger Kernel) do so for a loss. It takes three products with the vocabulary, not four.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        vocabulary: int | None,
+        chunk_tokens: int,
+    ) -> Tensor:
+        ctx.weight, ctx.bias = weight, bias
+        hidden, rows, offset = _as_computed(hidden, weight, bias, vocabulary)
+        logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
+        ctx.found = _HeadGradient(ctx, hidden, rows, in_place=False)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for part, z, logits in _logit_chunks(hidden, rows, offset, temperature, chunk_tokens):
+                here = targets[part, None]
+                log_p = z.sub_(z.logsumexp(dim=-1, keepdim=True))
+                logprobs[part] = log_p.gather(1, here).squeeze(1)
+                grad = log_p.exp_().neg_()
+                grad.scatter_add_(1, here, torch.ones_like(here, dtype=grad.dtype))
+                ctx.found.add(part, grad.div_(temperature) if temperature != 1.0 else grad, logits)
+        return logprobs
+
+    @staticmethod
+    def backward(ctx: Any, grad_logprobs: Tensor) -> tuple[Tensor | None, ...]:
+        found, ctx.found = ctx.found, None
+        each = grad_logprobs[:1].sum()  # of no targets it is 0
+        if bool((grad_logprobs != each).any()):
+            raise RuntimeError("equal_weights was said of targets that weigh differently in the loss")
+        found.scale(each)
+        return *found.result(), *[None] * 4
+
+
+class _HeadGradient:
+    """The gradient of a linear head and of what it reads, added up from that of its logits, chunk by chunk.
+
+    Where the weight has a ``main_grad``, its gradient ends up in there and autograd is given none: it would keep one
+    more of that size until the gradient of a tied embedding comes.
+
+    Args:
+        ctx: of a function whose inputs begin with hidden, weight, bias.
+        hidden, rows: what is multiplied, in the format it is multiplied in.
+        in_place: whether it is added to ``main_grad`` as it comes.
+    """
+
+    def __init__(self, ctx: Any, hidden: Tensor, rows: Tensor, *, in_place: bool) -> None:
+        wanted, weight, bias = ctx.needs_input_grad, ctx.weight, ctx.bias
+        self.read, self.rows = hidden, rows
+        self.main_grad: Tensor | None = getattr(weight, "main_grad", None)
+        self.dtypes = (weight.dtype, None if bias is None else bias.dtype)
+        self.hidden = torch.empty_like(hidden) if wanted[0] else None
+        self.weight = self.bias = None
+        if wanted[1]:
+            own = self.main_grad is None or not in_place
+            self.weight = hidden.new_zeros(weight.shape, dtype=torch.float32) if own else self.main_grad
+        if wanted[2]:
+            self.bias = hidden.new_zeros(bias.shape, dtype=torch.float32)
+
+    def add(self, part: slice, grad: Tensor, spare: Tensor) -> None:
+        """``grad`` [n, V] float32 belongs to the logits of these tokens; ``spare`` is memory of that shape."""
+        size, read = len(self.rows), self.read[part]
+        if self.bias is not None:
+            self.bias[:size] += grad.sum(dim=0)
+        narrow = grad if grad.dtype == read.dtype else spare.copy_(grad)
+        if self.hidden is not None:
+            torch.mm(narrow, self.rows, out=self.hidden[part])
+        if self.weight is not None:
+            if narrow is grad:
+                self.weight[:size].addmm_(narrow.t(), read)
+            else:
+                self.weight[:size] += narrow.t() @ read
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiply all by a number. Not where the weight's is in ``main_grad`` already."""
+        if self.weight is not None and self.main_grad is not None:
+            self.main_grad.add_(self.weight, alpha=float(factor))
+        for found in (self.hidden, None if self.main_grad is not None else self.weight, self.bias):
+            if found is not None:
+                found.mul_(factor)
+
+    def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What autograd is given for hidden, weight and bias."""
+        for_weight = self.weight if self.main_grad is None else None
+        return (
+            self.hidden,
+            None if for_weight is None else for_weight.to(self.dtypes[0]),
+            None if self.bias is None else self.bias.to(self.dtypes[1]),
+        )
+
+
+def _as_computed(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, vocabulary: int | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Inputs of a head in the number format that autocast says, without rows beyond the vocabulary."""
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    return hidden.to(dtype), weight.to(dtype)[:vocabulary], None if bias is None else bias.to(dtype)[:vocabulary]
+
+
+def _logit_chunks(
+    hidden: Tensor, rows: Tensor, offset: Tensor | None, temperature: float, chunk_tokens: int
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Logits over the temperature, [n, V] float32 at a time, always in the same memory; and the memory they were
+    computed in, in the format of ``hidden``, which is the caller's to use.
+    """
+    chunk = min(chunk_tokens, len(hidden))
+    buffer = hidden.new_empty(chunk, len(rows), dtype=torch.float32)
+    narrow = buffer if hidden.dtype == torch.float32 else torch.empty_like(buffer, dtype=hidden.dtype)
+    for start in range(0, len(hidden), max(1, chunk)):
+        part = slice(start, min(start + chunk, len(hidden)))
+        count = part.stop - start
+        logits = torch.mm(hidden[part], rows.t(), out=narrow[:count])
+        if offset is not None:
+            logits.add_(offset)
+        z = buffer[:count] if narrow is buffer else buffer[:count].copy_(logits)
+        yield part, z.div_(temperature) if temperature != 1.0 else z, logits
+
+
+def above_mean(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, *, chunk_tokens: int = CHUNK_TOKENS
+) -> Tensor:
+    """The target's logit less the mean logit of the vocabulary, for each token.
+
+    It is what label smoothing needs: with q = (1 - e) onehot + e / V, the cross-entropy -sum q log p is
+    -log p(target) + e (z(target) - mean z). Of a linear head the difference is one product for each token, so that no
+    logits are made.
+
+    Args:
+        head: maps [n, H] to logits [n, V].
+        hidden: [N, H].
+        targets: [N] token ids.
+        chunk_tokens: tokens whose logits exist at one time, where the head is no plain ``nn.Linear``.
+
+    Returns:
+        [N] float32.
+    """
+    if type(head) is nn.Linear and not isinstance(head.weight, DTensor):
+        found: Tensor = _LinearAboveMean.apply(hidden, head.weight, targets)
+        return found if head.bias is None else found + (head.bias[targets] - head.bias.mean()).float()
+
+    def one_chunk(h: Tensor, t: Tensor) -> Tensor:
+        logits = head(h).float()
+        return logits.gather(1, t[:, None]).squeeze(1) - logits.mean(dim=-1)
+
+    recompute = torch.is_grad_enabled()
+    return torch.cat(
+        [
+            checkpoint(one_chunk, h, t, use_reentrant=False, preserve_rng_state=False) if recompute else one_chunk(h, t)
+            for h, t in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
+        ]
+    )
+
+
+class _LinearAboveMean(torch.autograd.Function):
+    """`above_mean` of a linear head: hidden . (w[target] - mean w). Written out, it makes one gradient, not two."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight, targets)
+        return (hidden.float() * _rows_above_mean(weight, targets)).sum(dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets = ctx.saved_tensors
+        grad_hidden = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_hidden = (grad[:, None] * _rows_above_mean(weight, targets)).to(hidden.dtype)
+        if ctx.needs_input_grad[1]:
+            push = grad[:, None] * hidden.float()
+            mean = -push.sum(dim=0) / len(weight)
+            grad_weight = mean.repeat(len(weight), 1).index_add_(0, targets, push).to(weight.dtype)
+        return grad_hidden, grad_weight, None
+
+
+def _rows_above_mean(weight: Tensor, targets: Tensor) -> Tensor:
+    return weight[targets].float() - weight.mean(dim=0, dtype=torch.float32)

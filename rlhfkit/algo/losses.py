@@ -9,11 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def ranking_loss(chosen: Tensor, rejected: Tensor, margin: Tensor, center_coef: float = 0.0) -> Tensor:
+def ranking_loss(
+    chosen: Tensor, rejected: Tensor, margin: Tensor, center_coef: float = 0.0, label_smoothing: float = 0.0
+) -> Tensor:
     """Pairwise ranking loss -log sigmoid(r_chosen - r_rejected - margin), in float32.
 
     Ouyang et al. 2022, equation 1; the margin after Touvron et al. 2023, equation 2; the centring term
-    ``center_coef * (r_chosen + r_rejected)^2`` after Eisenstein et al. 2023.
+    ``center_coef * (r_chosen + r_rejected)^2`` after Eisenstein et al. 2023. With label smoothing e it is
+    (1 - e) times the loss of the pair as it is plus e times that of the pair turned round (Wang et al. 2024,
+    arXiv:2401.06080).
 
     Args:
         chosen, rejected, margin: [P] scores and margins of P pairs.
@@ -22,7 +26,10 @@ def ranking_loss(chosen: Tensor, rejected: Tensor, margin: Tensor, center_coef: 
         [P] losses.
     """
     chosen, rejected = chosen.float(), rejected.float()
-    loss = -F.logsigmoid(chosen - rejected - margin)
+    ahead = chosen - rejected - margin
+    loss = -F.logsigmoid(ahead)
+    if label_smoothing:
+        loss = loss + label_smoothing * ahead  # -log sigmoid(-x) = x - log sigmoid(x)
     if center_coef:
         loss = loss + center_coef * (chosen + rejected).square()
     return loss

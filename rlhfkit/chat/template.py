@@ -14,11 +14,14 @@ Two ways to cut text into calls of the tokenizer exist in the official formats, 
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import yaml
@@ -154,6 +157,8 @@ class ChatEncoder:
         self.added_controls = _register_controls(tokenizer, template.controls)
         controls = {str(t) for t in tokenizer.all_special_tokens} | set(template.controls)
         controls |= {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+        # Baichuan's has digits and punctuation among its special tokens. They are text, and cannot be cut in two.
+        controls = {control for control in controls if len(control) > 1}
         self._control_ids: dict[str, int] = {c: tokenizer.convert_tokens_to_ids(c) for c in controls}
         self._control_pattern = re.compile(
             "(" + "|".join(re.escape(c) for c in sorted(controls, key=len, reverse=True)) + ")"
@@ -207,6 +212,25 @@ class ChatEncoder:
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text; strings that look like control tokens stay text."""
         return self._encode_free(text, spaced=True)
+
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """Ids of the control tokens. In what is encoded they come from the template alone."""
+        return frozenset(self._control_ids.values())
+
+    def has_control(self, text: str) -> bool:
+        """Whether a text holds the spelling of a control token. It stays text all the same."""
+        return self._control_pattern.search(text) is not None
+
+    @cached_property
+    def digest(self) -> str:
+        """Of everything that ids and masks depend on, the texts aside: the template and all files of the tokenizer."""
+        found = hashlib.sha256(repr((astuple(self.template), RENDER_SETTINGS)).encode())
+        with TemporaryDirectory() as folder:
+            self.tokenizer.save_pretrained(folder)
+            for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
+                found.update(f"{path.name} {path.stat().st_size} ".encode() + path.read_bytes())
+        return found.hexdigest()
 
     # -- rendering -----------------------------------------------------------------------------------------------
 

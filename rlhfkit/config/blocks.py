@@ -6,12 +6,14 @@ documentation are made from it. A field without a flag is reachable from a recip
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Quantize = Literal["none", "8bit", "4bit"]
+Optimizer = Literal["auto", "adamw", "adamw8bit", "paged_adamw8bit"]
+Kernels = Literal["auto", "plain", "liger"]
 
 
 def option(default: Any, help: str, *, flag: str | None = None, **bounds: Any) -> Any:
@@ -23,6 +25,7 @@ class Block(BaseModel):
     """Base of all blocks: unknown keys are errors, values are bounded, nothing changes after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+    refused: ClassVar[dict[str, str]] = {}  # of a stage: keys that people may look for, and why they are not to be had
 
 
 class ModelConfig(Block):
@@ -75,13 +78,28 @@ class OptimConfig(Block):
         16, "Rows, pairs or episodes per optimiser step, over all processes.", flag="--batch-size", ge=1
     )
     micro_batch_tokens: int = option(
-        4096,
-        "Most tokens, padding included, in one forward pass. Sets memory, never the result.",
+        0,
+        "Most tokens in one forward pass; sets memory and speed, never the result. 0 is 4096, and 768 on CPUs.",
         flag="--micro-batch-tokens",
-        ge=1,
+        ge=0,
+    )
+    packing: bool = option(
+        True, "Compute rows laid end to end, shared prompts once; off pads rows instead.", flag="--packing"
+    )
+    kernels: Kernels = option(
+        "auto",
+        "How norms and SwiGLU are computed: auto is fused layers on CPUs, and liger-kernel on CUDA where it is "
+        "installed; plain is transformers' own code; liger refuses to start without liger-kernel.",
+        flag="--kernels",
     )
     epochs: float = option(1.0, "Passes over the training data.", flag="--epochs", gt=0)
     max_steps: int = option(0, "Stop after this many steps; 0 goes by --epochs.", flag="--max-steps", ge=0)
+    optimizer: Optimizer = option(
+        "auto",
+        "AdamW with its states in 32 or 8 bits, paged (CUDA) into main memory when the GPU is full; auto is "
+        "paged_adamw8bit for a quantised base on CUDA, else adamw.",
+        flag="--optimizer",
+    )
     lr: float = option(1e-5, "Peak learning rate.", flag="--lr", gt=0, le=1)
     scheduler: Literal["cosine", "linear", "constant"] = option(
         "cosine", "Course of the learning rate after the warm-up.", flag="--scheduler"
@@ -123,23 +141,72 @@ class RunConfig(Block):
     trackers: list[str] = option(
         ["tensorboard"], "Accelerate trackers (tensorboard, wandb, ...), or none. Repeatable.", flag="--trackers"
     )
+    view: Literal["auto", "plain", "quiet", "json"] = option(
+        "auto",
+        "What a run shows: auto is a live picture on a terminal, else lines; json prints each metrics record.",
+        flag="--view",
+    )
     plan: bool = option(False, "Say what would run and how much memory it needs, then stop.", flag="--plan")
+
+
+class SftBlock(Block):
+    """What is special to supervised fine-tuning."""
+
+    engine: Literal["rlhfkit", "trl"] = option(
+        "rlhfkit", "Whose training loop runs: ours, or TRL's SFTTrainer on the same rows.", flag="--engine"
+    )
+    label_smoothing: float = option(
+        0.0,
+        "Share of each target's probability spread over the whole vocabulary; not in eval_loss.",
+        flag="--label-smoothing",
+        ge=0,
+        lt=1,
+    )
+    neftune_alpha: float = option(
+        0.0,
+        "Uniform noise on the embeddings in training, of size alpha / sqrt(tokens of the row x width); 0 is none.",
+        flag="--neftune-alpha",
+        ge=0,
+    )
 
 
 class RewardModelConfig(Block):
     """What is special to the reward model."""
 
+    engine: Literal["rlhfkit", "trl"] = option(
+        "rlhfkit", "Whose training loop runs: ours, or TRL's RewardTrainer on the same pairs.", flag="--engine"
+    )
+    label_smoothing: float = option(
+        0.0,
+        "Share of pairs taken to be ranked the wrong way round; not in eval_loss.",
+        flag="--label-smoothing",
+        ge=0,
+        lt=0.5,
+    )
     center_coef: float = option(
         0.0, "Weight of (r_chosen + r_rejected)^2, which keeps scores around zero.", flag="--center-coef", ge=0
     )
 
 
-class PpoBlock(Block):
-    """Rollouts, rewards and the PPO update."""
+class RewardsBlock(Block):
+    """Where scores come from."""
 
     reward: list[str] = option(
-        [], "Reward: a reward-model folder or file.py:function, optionally =weight. Repeatable.", flag="--reward"
+        [],
+        "Reward: a reward-model folder, file.py:function or URL, optionally =weight. Repeatable.",
+        flag="--reward",
     )
+    reward_timeout: float = option(
+        60.0, "Seconds that a reward server may be silent.", flag="--reward-timeout", gt=0, le=86400
+    )
+    reward_retries: int = option(
+        3, "Further tries when a reward server fails, with growing pauses.", flag="--reward-retries", ge=0, le=100
+    )
+
+
+class RolloutBlock(RewardsBlock):
+    """Answers that are sampled, and what they are worth."""
+
     samples_per_prompt: int = option(1, "Answers sampled to each prompt.", flag="--samples-per-prompt", ge=1)
     max_prompt_length: int = option(
         512, "Longest prompt in tokens; longer ones are left out and counted.", flag="--max-prompt-length", ge=1
@@ -149,6 +216,14 @@ class PpoBlock(Block):
         1.0, "Sampling temperature, of the scored distribution too.", flag="--temperature", gt=0
     )
     episodes: int = option(0, "Answers sampled in the whole run; 0 goes by --epochs.", flag="--episodes", ge=0)
+    missing_eos_penalty: float = option(
+        0.0, "Taken from the score of an answer that was cut off.", flag="--missing-eos-penalty", ge=0
+    )
+
+
+class PpoBlock(RolloutBlock):
+    """Rollouts, rewards and the PPO update."""
+
     rollout_size: int = option(64, "Episodes sampled before each update.", flag="--rollout-size", ge=1)
     ppo_epochs: int = option(4, "Passes over each rollout.", flag="--ppo-epochs", ge=1)
     minibatches: int = option(
@@ -171,9 +246,6 @@ class PpoBlock(Block):
     gamma: float = option(1.0, "Discount per token.", flag="--gamma", gt=0, le=1)
     lam: float = option(0.95, "Lambda of generalised advantage estimation.", flag="--lam", ge=0, le=1)
     whiten_advantages: bool = option(True, "Whiten advantages over the global batch.")
-    missing_eos_penalty: float = option(
-        0.0, "Taken from the score of an answer that was cut off.", flag="--missing-eos-penalty", ge=0
-    )
     reward_clip: float = option(0.0, "Clip scores to plus and minus this; 0 does not clip.", flag="--reward-clip", ge=0)
     reward_normalize: bool = option(
         False, "Divide scores by their running standard deviation.", flag="--reward-normalize"
@@ -187,8 +259,10 @@ class PpoBlock(Block):
         "Advantage estimator; rloo and grpo compare the samples of a prompt and need no value model.",
         flag="--advantage",
     )
-    value_model: Literal["shared", "separate"] = option(
-        "shared", "Value head on the policy's trunk, or a model of its own.", flag="--value-model"
+    value_model: Literal["shared", "adapter", "separate"] = option(
+        "shared",
+        "Value head on the policy's trunk, on an adapter of its own on the same base, or on a model of its own.",
+        flag="--value-model",
     )
 
 
@@ -211,5 +285,38 @@ class GenerateBlock(Block):
     template: str = option("auto", "Chat template: a shipped name or a .jinja file.", flag="--template")
     precision: Precision = option("auto", "Number format of the computation.", flag="--precision")
     quantize: Quantize = option("none", "Load the model in 8 or 4 bits.", flag="--quantize")
+    trust_remote_code: bool = option(False, "Run the Python files of the model folder.", flag="--trust-remote-code")
+    hf_endpoint: str = option("", "Hub mirror; else HF_ENDPOINT.", flag="--hf-endpoint")
+
+
+class ScoreBlock(Block):
+    """Rows in, scores out."""
+
+    model: str = option("", "Reward model: folder or hub id; LoRA folders load directly.", flag="--model")
+    data: list[str] = option(
+        [], "What is scored: preference rows, or rows of prompt and answer. Repeatable.", flag="--data"
+    )
+    output: str = option("", "File for the scores, JSON lines in the order of the data.", flag="--output")
+    json_totals: bool = option(False, "Print the totals as one JSON object on standard output.", flag="--json")
+    max_length: int = option(
+        0, "Longest row in tokens; 0 is what the model was trained with.", flag="--max-length", ge=0
+    )
+    micro_batch_tokens: int = option(
+        4096,
+        "Most tokens, padding included, in one forward pass. Sets memory; scores agree to rounding.",
+        flag="--micro-batch-tokens",
+        ge=1,
+    )
+    on_bad_row: Literal["error", "skip"] = option(
+        "error", "Stop at a row that cannot be scored, or skip and count it.", flag="--on-bad-row"
+    )
+    precision: Precision = option(
+        "auto",
+        "Number format of the computation; auto is fp32, for scores that depend on their row alone.",
+        flag="--precision",
+    )
+    quantize: Literal["auto", "none", "8bit", "4bit"] = option(
+        "auto", "Hold the base in 8 or 4 bits; auto is as in the training.", flag="--quantize"
+    )
     trust_remote_code: bool = option(False, "Run the Python files of the model folder.", flag="--trust-remote-code")
     hf_endpoint: str = option("", "Hub mirror; else HF_ENDPOINT.", flag="--hf-endpoint")

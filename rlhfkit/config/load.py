@@ -6,7 +6,7 @@ All faults come in one message, each with its dotted path and, for a near miss, 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,10 +15,33 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from rlhfkit.config.stages import GenerateConfig, PpoConfig, Problem, RmConfig, SftConfig
+from rlhfkit.config.blocks import Block
+from rlhfkit.config.stages import (
+    DpoConfig,
+    GenerateConfig,
+    GrpoConfig,
+    KtoConfig,
+    PpoConfig,
+    Problem,
+    RlooConfig,
+    RmConfig,
+    ScoreConfig,
+    SftConfig,
+)
 from rlhfkit.errors import ConfigError
 
-ConfigT = TypeVar("ConfigT", SftConfig, RmConfig, PpoConfig, GenerateConfig)
+ConfigT = TypeVar(
+    "ConfigT",
+    SftConfig,
+    RmConfig,
+    PpoConfig,
+    DpoConfig,
+    KtoConfig,
+    GrpoConfig,
+    RlooConfig,
+    GenerateConfig,
+    ScoreConfig,
+)
 NOT_RESOLVED = ("resume", "plan")  # say how to start, not what to compute
 
 
@@ -37,10 +60,12 @@ class FieldPath:
 
 
 def iterate_fields(cls: type[BaseModel], prefix: str = "") -> Iterator[FieldPath]:
-    """All leaf fields of a configuration class, blocks opened."""
+    """All leaf fields of a configuration class, blocks opened; not those that it refuses."""
+    refused = getattr(cls, "refused", {})
     for name, info in cls.model_fields.items():
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            yield from iterate_fields(info.annotation, f"{prefix}{name}.")
+            inner = iterate_fields(info.annotation, f"{prefix}{name}.")
+            yield from (field for field in inner if field.path not in refused)
         else:
             yield FieldPath(f"{prefix}{name}", info, prefix.rstrip("."))
 
@@ -51,6 +76,7 @@ def load_config(
     recipe: str | None = None,
     flags: Mapping[str, Any] | None = None,
     sets: Sequence[str] = (),
+    not_needed: Collection[str] = (),
 ) -> ConfigT:
     """The configuration of a stage.
 
@@ -59,6 +85,8 @@ def load_config(
         recipe: path of a YAML recipe, or its bare name (see `find_recipe`).
         flags: dotted path -> value, as given on the command line.
         sets: ``a.b=c`` strings.
+        not_needed: dotted paths of fields and blocks that the stage needs and the caller does not: that they are
+            missing, or do not go with others, is passed over.
 
     Raises:
         ConfigError: every fault found, in one message.
@@ -83,11 +111,13 @@ def load_config(
         except yaml.YAMLError:
             faults.append(f"--set {text}: the value is no YAML")
 
+    faults += [f"{path}: {why}" for path, why in cls.refused.items() if _take_out(raw, path)]
     config, field_faults = _validate(cls, raw)
     faults += [f"{path}: {words}" for path, words in field_faults]
     if config is not None:
         # A faulty field stands at its default here; what follows from that is no fault of its own.
-        problems = [p for p in config.problems() if not any(_overlap(p[0], path) for path, _ in field_faults)]
+        passed_over = [path for path, _ in field_faults] + list(not_needed)
+        problems = [p for p in config.problems() if not any(_overlap(p[0], path) for path in passed_over)]
         faults += [f"{path}: {words}" for path, words in problems]
     if faults or config is None:
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
@@ -161,6 +191,9 @@ def dump_config(config: BaseModel) -> str:
     data = config.model_dump(mode="json")
     for name in NOT_RESOLVED:
         data.get("run", {}).pop(name, None)
+    for path in getattr(config, "refused", {}):
+        block, _, name = path.partition(".")
+        data.get(block, {}).pop(name, None)
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
 
@@ -188,6 +221,13 @@ def _assign(raw: dict[str, Any], path: str, value: Any, faults: list[str]) -> No
     target[leaf] = value
 
 
+def _take_out(raw: dict[str, Any], path: str) -> bool:
+    """Remove a key; says whether it was there."""
+    block, _, name = path.partition(".")
+    values = raw.get(block)
+    return isinstance(values, dict) and values.pop(name, raw) is not raw
+
+
 def _validate(cls: type[ConfigT], raw: dict[str, Any]) -> tuple[ConfigT | None, list[Problem]]:
     """The configuration, and its faults field by field.
 
@@ -213,14 +253,12 @@ def _overlap(path: str, other: str) -> bool:
     return f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}.")
 
 
-def _words(cls: type[BaseModel], path: str, fault: Any) -> str:
+def _words(cls: type[Block], path: str, fault: Any) -> str:
     if fault["type"] != "extra_forbidden":
+        message = "a block of keys belongs here, not a value" if fault["type"] == "model_type" else str(fault["msg"])
+        message = message[0].lower() + message[1:]
         found = fault.get("input")
-        shown = f" (found {found!r})" if not isinstance(found, dict) else ""
-        if fault["type"] == "model_type":
-            return f"a block of keys belongs here, not a value{shown}"
-        message = str(fault["msg"])
-        return message[0].lower() + message[1:] + shown
+        return message if isinstance(found, dict) else f"{message} (found {found!r})"
     paths = [field.path for field in iterate_fields(cls)]
     leaf = path.rsplit(".", 1)[-1]
     flags = {(field.flag or "").removeprefix("--").replace("-", "_"): field.path for field in iterate_fields(cls)}
@@ -229,7 +267,7 @@ def _words(cls: type[BaseModel], path: str, fault: Any) -> str:
     if not meant:
         leaves = {p.rsplit(".", 1)[-1]: p for p in paths}
         meant = [leaves[name] for name in difflib.get_close_matches(leaf, leaves, n=2, cutoff=0.75)]
-    return "unknown key" + (f"; did you mean {' or '.join(meant)}?" if meant else "")
+    return f"unknown key; did you mean {' or '.join(meant)}?" if meant else "unknown key"
 
 
 def _copy(raw: Any) -> Any:

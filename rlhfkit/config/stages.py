@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel
 
@@ -17,8 +17,25 @@ from rlhfkit.config.blocks import (
     PpoBlock,
     PpoOptimConfig,
     RewardModelConfig,
+    RolloutBlock,
     RunConfig,
+    ScoreBlock,
+    SftBlock,
 )
+from rlhfkit.config.rewards import RewardSpec, parse_reward
+from rlhfkit.config.trl import (
+    REFUSED,
+    DpoBlock,
+    Engine,
+    GrpoBlock,
+    KtoBlock,
+    OnlineBlock,
+    OnlineOptimConfig,
+    PreferenceOptimConfig,
+    RlooBlock,
+    refused_online,
+)
+from rlhfkit.errors import ConfigError
 
 Problem = tuple[str, str]  # dotted path, what is wrong and what to do
 # Accelerate's. Each is called like its package, and without the package Accelerate records nothing.
@@ -37,6 +54,9 @@ class StageConfig(Block):
 
     def problems(self) -> list[Problem]:
         found: list[Problem] = []
+        if self.engine == "trl" and find_spec("trl") is None:
+            where = "stage" if isinstance(self, TrlConfig) else f"{self.stage}.engine"
+            found.append((where, f"{self.stage} would run on TRL, which is not installed: pip install 'rlhfkit[trl]'"))
         if not self.model.path:
             found.append(("model.path", "no model is given; say --model FOLDER_OR_HUB_ID"))
         if not self.data.train:
@@ -52,6 +72,8 @@ class StageConfig(Block):
                         f"{self.model.quantize} weights cannot be trained; set --lora-rank to train adapters",
                     )
                 )
+        if self.optim.kernels == "liger" and find_spec("liger_kernel") is None:
+            found.append(("optim.kernels", "liger-kernel is not installed: pip install liger-kernel"))
         if self.run.eval_every and not self.data.eval:
             found.append(("run.eval_every", "has no effect without held-out rows; give --eval-data"))
         if "none" in self.run.trackers and len(self.run.trackers) > 1:
@@ -62,6 +84,28 @@ class StageConfig(Block):
             elif name != "none" and find_spec(name) is None:
                 found.append(("run.trackers", f"'{name}' is not installed: pip install {name}"))
         return found
+
+    @property
+    def engine(self) -> Engine:
+        """Whose training loop runs."""
+        return "rlhfkit"
+
+    @property
+    def rollouts(self) -> RolloutBlock | None:
+        """How answers are sampled and rewarded, in a stage that does."""
+        return None
+
+    @property
+    def row_limit(self) -> int:
+        """Tokens of the longest row that is used; of the longest prompt where answers are sampled to it."""
+        if (block := self.rollouts) is None:
+            return self.data.max_length
+        return min(block.max_prompt_length, self.data.max_length - block.max_new_tokens)
+
+    @property
+    def row_kind(self) -> str:
+        """The stage whose rows it reads, as `rlhfkit.data.parse` knows them."""
+        return self.stage
 
     @property
     def out(self) -> str:
@@ -78,6 +122,14 @@ class SftConfig(StageConfig):
     """Supervised fine-tuning."""
 
     stage: Literal["sft"] = "sft"
+    sft: SftBlock = SftBlock()
+
+    def problems(self) -> list[Problem]:
+        return [*super().problems(), *_refused_by_trl(self, {})]
+
+    @property
+    def engine(self) -> Engine:
+        return self.sft.engine
 
 
 class RmConfig(StageConfig):
@@ -86,10 +138,35 @@ class RmConfig(StageConfig):
     stage: Literal["rm"] = "rm"
     rm: RewardModelConfig = RewardModelConfig()
 
+    def problems(self) -> list[Problem]:
+        smoothing = "TRL's RewardTrainer has no label smoothing"
+        return [*super().problems(), *_refused_by_trl(self, {"rm.label_smoothing": smoothing})]
+
+    @property
+    def engine(self) -> Engine:
+        return self.rm.engine
+
+
+def _refused_by_trl(config: StageConfig, reasons: dict[str, str]) -> list[Problem]:
+    """What has no effect with TRL's engine, and is of use with our own."""
+    if config.engine != "trl":
+        return []
+    found = []
+    for path, why in {**REFUSED, **reasons}.items():
+        block, _, name = path.partition(".")
+        if changed(getattr(config, block), name):
+            found.append((path, f"{why}; leave --engine trl out"))
+    return found
+
 
 class PpoConfig(StageConfig):
     """Proximal policy optimisation."""
 
+    refused: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("ppo.top_p", "ppo.top_k"),
+        "PPO samples from the whole distribution: an answer drawn from a part of it would be scored with probabilities "
+        "it was not drawn with, which biases every ratio and makes the KL negative; use ppo.temperature",
+    )
     stage: Literal["ppo"] = "ppo"
     optim: PpoOptimConfig = PpoOptimConfig()
     ppo: PpoBlock = PpoBlock()
@@ -97,8 +174,7 @@ class PpoConfig(StageConfig):
     def problems(self) -> list[Problem]:
         found = super().problems()
         ppo, batch = self.ppo, self.optim.batch_size
-        if not ppo.reward:
-            found.append(("ppo.reward", "no reward is given; say --reward RM_FOLDER or --reward file.py:function"))
+        found += _rollout_problems(self, ppo)
         if ppo.rollout_size % ppo.samples_per_prompt:
             found.append(
                 (
@@ -140,23 +216,8 @@ class PpoConfig(StageConfig):
             found.append(("ppo.kl_horizon", "has no effect while ppo.kl_target is 0"))
         if ppo.kl_target and not ppo.kl_coef:
             found.append(("ppo.kl_target", "has no effect on a KL weight that starts at 0; set --kl-coef"))
-        if ppo.episodes and changed(self.optim, "epochs"):
-            found.append(("ppo.episodes", "stands beside optim.epochs; give one of them"))
-        if self.data.max_length <= ppo.max_new_tokens:
-            found.append(
-                (
-                    "data.max_length",
-                    f"{self.data.max_length} leaves no room for a prompt beside {ppo.max_new_tokens} new tokens",
-                )
-            )
-        elif changed(ppo, "max_prompt_length") and ppo.max_prompt_length > self.data.max_length - ppo.max_new_tokens:
-            found.append(
-                (
-                    "ppo.max_prompt_length",
-                    f"{ppo.max_prompt_length} and {ppo.max_new_tokens} new tokens do not fit in "
-                    f"data.max_length {self.data.max_length}",
-                )
-            )
+        if ppo.value_model == "adapter" and self.lora.rank == 0:
+            found.append(("ppo.value_model", "'adapter' puts the value function on a LoRA base: set --lora-rank"))
         return found
 
     @property
@@ -167,11 +228,131 @@ class PpoConfig(StageConfig):
         return "k3" if self.ppo.advantage == "grpo" else "k1"
 
     @property
+    def rollouts(self) -> PpoBlock:
+        return self.ppo
+
+    @property
     def minibatch_size(self) -> int:
         """Episodes per optimiser step over all processes."""
         if self.ppo.minibatches:
             return self.ppo.rollout_size // self.ppo.minibatches
         return min(self.optim.batch_size, self.ppo.rollout_size)
+
+
+def _rollout_problems(config: StageConfig, block: RolloutBlock) -> list[Problem]:
+    """What is wrong with rewards and with the lengths of prompts and answers, in any stage that samples."""
+    found: list[Problem] = []
+    stage, most = config.stage, config.data.max_length
+    if not block.reward:
+        found.append((f"{stage}.reward", "no reward is given; say --reward RM_FOLDER or --reward file.py:function"))
+    specs: list[RewardSpec] = []
+    for text in block.reward:
+        try:
+            specs.append(parse_reward(text))
+        except ConfigError as error:
+            found.append((f"{stage}.reward", f"{error.message}; {error.hint}"))
+    names = [spec.name for spec in specs]
+    if twice := sorted({spec.label for spec in specs if names.count(spec.name) > 1}):
+        found.append((f"{stage}.reward", f"{twice[0]} is given twice; give it once, with the sum of the weights"))
+    if all(spec.kind != "url" for spec in specs):
+        for name in ("reward_timeout", "reward_retries"):
+            if changed(block, name):
+                found.append((f"{stage}.{name}", "has no effect without a reward that is a URL"))
+    if block.episodes and changed(config.optim, "epochs"):
+        found.append((f"{stage}.episodes", "stands beside optim.epochs; give one of them"))
+    prompt, new = block.max_prompt_length, block.max_new_tokens
+    if most <= new:
+        found.append(("data.max_length", f"{most} leaves no room for a prompt beside {new} new tokens"))
+    elif changed(block, "max_prompt_length") and prompt > most - new:
+        words = f"{prompt} and {new} new tokens do not fit in data.max_length {most}"
+        found.append((f"{stage}.max_prompt_length", words))
+    return found
+
+
+class TrlConfig(StageConfig):
+    """Base of the stages that TRL has and we have not."""
+
+    refused: ClassVar[dict[str, str]] = REFUSED
+
+    @property
+    def engine(self) -> Engine:
+        return "trl"
+
+
+class DpoConfig(TrlConfig):
+    """Direct preference optimisation."""
+
+    stage: Literal["dpo"] = "dpo"
+    optim: PreferenceOptimConfig = PreferenceOptimConfig()
+    dpo: DpoBlock = DpoBlock()
+
+    def problems(self) -> list[Problem]:
+        found = super().problems()
+        if self.dpo.label_smoothing and self.dpo.loss != "robust":
+            found.append(("dpo.label_smoothing", f"has no effect on the loss '{self.dpo.loss}'; give --loss robust"))
+        return found
+
+    @property
+    def row_kind(self) -> str:
+        return "rm"
+
+
+class KtoConfig(TrlConfig):
+    """Kahneman-Tversky optimisation."""
+
+    stage: Literal["kto"] = "kto"
+    optim: PreferenceOptimConfig = PreferenceOptimConfig()
+    kto: KtoBlock = KtoBlock()
+
+    def problems(self) -> list[Problem]:
+        found = super().problems()
+        if self.optim.batch_size < 2:
+            found.append(("optim.batch_size", "kto measures its KL across the rows of a batch; give at least 2"))
+        return found
+
+
+class OnlineConfig(TrlConfig):
+    """Base of GRPO and RLOO."""
+
+    optim: OnlineOptimConfig = OnlineOptimConfig()
+
+    @property
+    def rollouts(self) -> OnlineBlock:
+        block: OnlineBlock = getattr(self, self.stage)
+        return block
+
+    @property
+    def row_kind(self) -> str:
+        return "ppo"
+
+    def problems(self) -> list[Problem]:
+        found = super().problems()
+        block, stage, batch = self.rollouts, self.stage, self.optim.batch_size
+        found += _rollout_problems(self, block)
+        if batch % block.samples_per_prompt:
+            found.append(
+                (
+                    f"{stage}.samples_per_prompt",
+                    f"{block.samples_per_prompt} answers to each prompt do not divide optim.batch_size {batch}",
+                )
+            )
+        return found
+
+
+class GrpoConfig(OnlineConfig):
+    """Group relative policy optimisation."""
+
+    refused: ClassVar[dict[str, str]] = refused_online("grpo")
+    stage: Literal["grpo"] = "grpo"
+    grpo: GrpoBlock = GrpoBlock()
+
+
+class RlooConfig(OnlineConfig):
+    """REINFORCE leave-one-out."""
+
+    refused: ClassVar[dict[str, str]] = refused_online("rloo")
+    stage: Literal["rloo"] = "rloo"
+    rloo: RlooBlock = RlooBlock()
 
 
 class GenerateConfig(GenerateBlock):
@@ -201,8 +382,41 @@ class GenerateConfig(GenerateBlock):
         return self.hf_endpoint
 
 
-AnyConfig = SftConfig | RmConfig | PpoConfig | GenerateConfig
-STAGES: dict[str, type[AnyConfig]] = {"sft": SftConfig, "rm": RmConfig, "ppo": PpoConfig, "generate": GenerateConfig}
+class ScoreConfig(ScoreBlock):
+    """Scores of a reward model. As in `GenerateConfig`, there are no blocks."""
+
+    stage: Literal["score"] = "score"
+
+    def problems(self) -> list[Problem]:
+        found: list[Problem] = []
+        if not self.model:
+            found.append(("model", "no reward model is given; say --model FOLDER_OR_HUB_ID"))
+        if not self.data:
+            found.append(("data", "no data is given; say --data FILE"))
+        if 0 < self.max_length < 8:
+            found.append(("max_length", f"{self.max_length} tokens hold no conversation; give at least 8, or 0"))
+        return found
+
+    @property
+    def endpoint(self) -> str:
+        """The hub mirror, empty for the environment's."""
+        return self.hf_endpoint
+
+
+AnyConfig = (
+    SftConfig | RmConfig | PpoConfig | DpoConfig | KtoConfig | GrpoConfig | RlooConfig | GenerateConfig | ScoreConfig
+)
+STAGES: dict[str, type[AnyConfig]] = {
+    "sft": SftConfig,
+    "rm": RmConfig,
+    "ppo": PpoConfig,
+    "dpo": DpoConfig,
+    "kto": KtoConfig,
+    "grpo": GrpoConfig,
+    "rloo": RlooConfig,
+    "generate": GenerateConfig,
+    "score": ScoreConfig,
+}
 
 
 def changed(block: BaseModel, name: str) -> bool:

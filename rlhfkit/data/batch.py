@@ -1,12 +1,13 @@
 """Rows of token ids, micro-batches of them, and the order in which they come.
 
-Shapes: B rows, T tokens of the longest row, N tokens that carry loss.
+Shapes: N tokens of a micro-batch, M of them carry loss.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,13 +15,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rlhfkit.data.packing import Packed, Tree, group_by_tokens, pack
+
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """Token ids of one row; ``supervised[i]`` is true where token i is learned."""
+    """Token ids of one row; ``supervised[i]`` is true where token i is learned. ``noise`` seeds NEFTune's, if any."""
 
     ids: NDArray[np.int32]
     supervised: NDArray[np.bool_]
+    noise: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -36,50 +40,30 @@ def token_row(ids: Sequence[int], supervised: Sequence[bool]) -> TokenRow:
 
 
 class TokenBatch(NamedTuple):
-    """Right-padded rows, and which hidden states predict which tokens."""
+    """A micro-batch, and which hidden states predict which tokens."""
 
-    input_ids: Tensor  # [B, T]
-    attention_mask: Tensor  # [B, T]
-    positions: Tensor  # [N] index into the flattened [B * T] hidden states
-    targets: Tensor  # [N] the token that follows there
+    tokens: Packed
+    positions: Tensor  # [M] place in the line of the token in front of each target
+    targets: Tensor  # [M]
+    noise: tuple[tuple[int, ...], ...] = ()  # of each row: seeds, or nothing
 
     def to(self, device: torch.device) -> TokenBatch:
-        return TokenBatch(*(t.to(device) for t in self))
+        return TokenBatch(self.tokens.to(device), self.positions.to(device), self.targets.to(device), self.noise)
 
 
-def collate(rows: Sequence[TokenRow], pad_id: int) -> TokenBatch:
-    """Rows to a batch. ``pad_id`` only fills: no label and no mask is ever derived from it."""
-    longest = max(len(row) for row in rows)
-    ids = np.full((len(rows), longest), pad_id, dtype=np.int64)
-    mask = np.zeros((len(rows), longest), dtype=np.int64)
-    learned = np.zeros((len(rows), longest), dtype=np.bool_)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row.ids
-        mask[i, : len(row)] = 1
-        learned[i, 1 : len(row)] = row.supervised[1:]
-    flat = np.flatnonzero(learned.reshape(-1))
-    return TokenBatch(
-        torch.from_numpy(ids),
-        torch.from_numpy(mask),
-        torch.from_numpy(flat - 1),
-        torch.from_numpy(ids.reshape(-1)[flat]),
-    )
+def collate(rows: Sequence[TokenRow]) -> TokenBatch:
+    """Rows to a micro-batch."""
+    packed = pack([Tree(row.ids) for row in rows])
+    learned = np.concatenate([row.supervised for row in rows])
+    learned[np.cumsum([0, *(len(row) for row in rows[:-1])])] = False  # nothing stands in front of a first token
+    places = torch.from_numpy(np.flatnonzero(learned))
+    return TokenBatch(packed, places - 1, packed.input_ids[places], tuple(row.noise for row in rows))
 
 
-def split_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices of rows in micro-batches whose padded size stays within ``max_tokens``.
-
-    Rows of like length stand together, so little padding is computed. A row longer than ``max_tokens`` is alone.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    batches: list[list[int]] = []
-    for i in order:
-        widest = lengths[batches[-1][0]] if batches else 0
-        if batches and (len(batches[-1]) + 1) * widest <= max_tokens:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
+def micro_batches(rows: Sequence[TokenRow], max_tokens: int) -> list[list[TokenRow]]:
+    """Rows in micro-batches of at most ``max_tokens`` tokens; see `group_by_tokens`."""
+    groups = group_by_tokens([(len(row), 1, len(row)) for row in rows], max_tokens)
+    return [[rows[i] for i in group] for group in groups]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +91,13 @@ class BatchOrder:
     def batch(self, step: int) -> list[int]:
         """Row indices of step ``step``, the first being 1."""
         epoch, within = divmod(step - 1, self.steps_per_epoch)
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.rows)
+        order = _shuffled(self.rows, self.seed, epoch)
         return [int(i) for i in order[within * self.batch_size : (within + 1) * self.batch_size]]
+
+
+@lru_cache(maxsize=1)  # an epoch's batches follow each other
+def _shuffled(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return np.random.default_rng((seed, epoch)).permutation(rows)
 
 
 def share(items: Sequence[Any], process: int, processes: int) -> list[Any]:

@@ -7,16 +7,28 @@ is guessed: a row that fits no format, or two, is refused with the fields it has
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from rlhfkit.chat.messages import Conversation, Message, Role
-from rlhfkit.data.read import RawRow
-from rlhfkit.data.records import PreferenceRecord, PromptRecord, Record, SftRecord
+from rlhfkit.chat.messages import Conversation, Message
+from rlhfkit.data.records import LabelledRecord, PreferenceRecord, PromptRecord, Record, SftRecord
+from rlhfkit.data.rows import RawRow
+from rlhfkit.data.turns import (
+    ROLES,
+    TRANSCRIPT_TURN,
+    FieldFault,
+    conversation_of,
+    found_words,
+    is_transcript,
+    message_of,
+    open_transcript,
+    shortened,
+    text_of,
+    transcript,
+)
 from rlhfkit.errors import DataError
 
-Stage = Literal["sft", "rm", "ppo"]
+Stage = Literal["sft", "rm", "kto", "ppo", "score"]
 Fields = Mapping[str, Any]
 
 ACCEPTED_FORMATS: dict[Stage, str] = {
@@ -30,52 +42,80 @@ ACCEPTED_FORMATS: dict[Stage, str] = {
         "instruction + input + chosen + rejected; chosen + rejected as two conversations with one beginning; "
         "prompt + answers, best first; instruction + input + output as a list, best first; margin if there is one"
     ),
+    "kto": (
+        "label (true: desirable) beside prompt + completion, prompt + response and the other sft formats, text aside; "
+        "prompt + chosen + rejected and the other rm formats"
+    ),
     "ppo": (
         "prompt; messages or conversations; instruction + input; question; query; turns; "
         "a preference row, of which the prompt is used"
     ),
+    "score": (
+        "prompt + chosen + rejected and the other rm formats; "
+        "prompt + response, prompt + answer and the other sft formats, text aside"
+    ),
 }
 
-_ROLES: dict[str, Role] = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "bing": "assistant",
-    "chatgpt": "assistant",
-}
-
+# The words of two faults that are counted apart; see fault_kind.
+_EMPTY_ANSWER = "the answer is empty"
+_EMPTY_TURN = "the assistant's text is empty"
+_EMPTY_EARLIER_TURN = "an assistant's text in it is empty"
+_NOTHING_TO_PREFER = "so there is nothing to prefer"
 
 _MOST_FIELDS_NAMED = 12
-
-
-class _FieldFault(Exception):
-    """A fault of one field; ``parse_row`` adds the row and the accepted formats."""
-
-    def __init__(self, field: str, fault: str) -> None:
-        super().__init__(f'field "{field}": {fault}')
 
 
 class _FormatFault(Exception):
     """A row that fits no format, or several."""
 
     def __init__(self, why: str, fields: Fields) -> None:
-        names = [_shortened(name) + (" (null)" if value is None else "") for name, value in fields.items()]
+        names = [shortened(name) + (" (null)" if value is None else "") for name, value in fields.items()]
         listed = ", ".join(names[:_MOST_FIELDS_NAMED]) + (", …" if len(names) > _MOST_FIELDS_NAMED else "")
         super().__init__(f"{why}; its fields are {listed or 'none'}")
 
 
-def parse_row(row: RawRow, stage: Stage) -> Record:
-    """The record that a row holds for a stage: SftRecord, PreferenceRecord or PromptRecord.
+def parse_row(row: RawRow, stage: Stage) -> Record | LabelledRecord:
+    """The record that a row holds for a stage: SftRecord, PreferenceRecord, LabelledRecord or PromptRecord.
 
     Raises:
         DataError: names the row, the field, what was found and the accepted formats.
     """
     try:
         return _PARSERS[stage](row)
-    except (_FieldFault, _FormatFault) as fault:
+    except (FieldFault, _FormatFault) as fault:
         raise DataError(f"{row.where}: {fault}", hint=f"{stage} rows are {ACCEPTED_FORMATS[stage]}") from None
+
+
+def fault_kind(message: str) -> Literal["empty answer", "equal answers", "other"]:
+    """What kind of fault an error of ``parse_row`` tells; found in its words, which is all that reports keep of it."""
+    if message.endswith((_EMPTY_ANSWER, _EMPTY_TURN, _EMPTY_EARLIER_TURN)):
+        return "empty answer"
+    return "equal answers" if message.endswith(_NOTHING_TO_PREFER) else "other"
+
+
+def fault_place(message: str) -> str:
+    """The place that an error of ``parse_row`` about one field begins with, as ``file:line``."""
+    return message.rpartition(': field "')[0] or message
+
+
+def likely_stage(fields: Fields) -> Stage | None:
+    """The stage that a row seems made for: ranked answers, else an answer or plain text, else a prompt.
+
+    Only the presence of fields counts, so that a row with a fault in it still says what it was meant to be.
+    """
+    given = {name for name, value in fields.items() if value is not None}
+    if given & {"chosen", "rejected"} or any(isinstance(fields.get(name), list) for name in ("answers", "output")):
+        return "rm"
+    if any(len(names) > 1 and all(name in fields for name in names) and given & set(names) for names in _SFT_FORMATS):
+        return "sft"
+    conversation = fields.get("messages") or fields.get("conversations")
+    if isinstance(conversation, list):
+        turns = [turn for turn in conversation if isinstance(turn, dict)]
+        roles = {ROLES.get(str(turn.get("role") or turn.get("from"))) for turn in turns}
+        return "sft" if "assistant" in roles else "ppo"
+    if given & {"prompt", *_PPO_PROMPTS}:
+        return "ppo"
+    return "sft" if "text" in given else None
 
 
 # --- the three stages -------------------------------------------------------------------------------------------------
@@ -96,9 +136,9 @@ def _parse_sft(row: RawRow) -> SftRecord:
     fields = row.fields
     names = _sft_format(fields)
     if names == ("text",):
-        text = _text("text", fields["text"])
+        text = text_of("text", fields["text"])
         if not text.strip():
-            raise _FieldFault("text", f"{_found(text)} where text to learn is needed")
+            raise FieldFault("text", f"{found_words(text)} where text to learn is needed")
         return SftRecord(row.where, text=text)
     if len(names) == 1:
         messages = _learned_conversation(fields, names[0])
@@ -108,16 +148,16 @@ def _parse_sft(row: RawRow) -> SftRecord:
 
 
 def _learned_conversation(fields: Fields, name: str) -> Conversation:
-    turns = _conversation(name, fields[name])
+    turns = conversation_of(name, fields[name])
     if not any(turn.role == "assistant" for turn in turns):
-        raise _FieldFault(name, "there is no assistant turn to learn")
+        raise FieldFault(name, "there is no assistant turn to learn")
     if turns[-1].role == "user":
         if fields.get("chosen") is not None:
-            raise _FieldFault(name, 'it ends with a user turn whose answer is in "chosen"; this is rm data')
+            raise FieldFault(name, 'it ends with a user turn whose answer is in "chosen"; this is rm data')
         turns = turns[:-1]
     for i, turn in enumerate(turns):
         if turn.role == "assistant" and not turn.content.strip():
-            raise _FieldFault(f"{name}[{i}]", "the assistant's text is empty")
+            raise FieldFault(f"{name}[{i}]", _EMPTY_TURN)
     return _with_system(fields, _with_history(fields, name, turns))
 
 
@@ -125,19 +165,19 @@ def _learned_pair(fields: Fields, prompt_name: str, answer_name: str) -> Convers
     prompt = _prompt(fields, prompt_name)
     answer = _answer(answer_name, fields[answer_name])
     if not answer.strip():
-        raise _FieldFault(answer_name, "the answer is empty")
+        raise FieldFault(answer_name, _EMPTY_ANSWER)
     if any(turn.role == "assistant" and not turn.content.strip() for turn in prompt):
-        raise _FieldFault("history" if fields.get("history") else prompt_name, "an assistant's text in it is empty")
+        raise FieldFault("history" if fields.get("history") else prompt_name, _EMPTY_EARLIER_TURN)
     return (*prompt, Message("assistant", answer))
 
 
-def _sft_format(fields: Fields) -> tuple[str, ...]:
+def _sft_format(fields: Fields, stage: Stage = "sft") -> tuple[str, ...]:
     complete = [names for names in _SFT_FORMATS if all(fields.get(name) is not None for name in names)]
     if len(complete) == 1:
         return complete[0]
     if len(complete) > 1:
         listed = ", ".join(" + ".join(names) for names in complete)
-        raise _FormatFault(f"the row fits several sft formats ({listed})", fields)
+        raise _FormatFault(f"the row fits several {stage} formats ({listed})", fields)
     # A null among the fields of a format is that field's fault; all null is how tables store an absent format.
     for names in _SFT_FORMATS:
         values = [fields.get(name) for name in names]
@@ -146,7 +186,7 @@ def _sft_format(fields: Fields) -> tuple[str, ...]:
     # Last, because alpaca sets on the hub carry the rendered prompt as a further field of this name.
     if fields.get("text") is not None:
         return ("text",)
-    raise _FormatFault("the row fits no sft format", fields)
+    raise _FormatFault(f"the row fits no {stage} format", fields)
 
 
 def _parse_preference(row: RawRow) -> PreferenceRecord:
@@ -182,7 +222,7 @@ def _ranked_answers(fields: Fields) -> list[tuple[str, Any]]:
         raise _FormatFault("the row fits no rm format", fields)
     ranked = fields[name]
     if not isinstance(ranked, list) or len(ranked) < 2:
-        raise _FieldFault(name, f"{_found(ranked)} where a list of two or more answers, best first, is needed")
+        raise FieldFault(name, f"{found_words(ranked)} where a list of two or more answers, best first, is needed")
     return [(f"{name}[{i}]", answer) for i, answer in enumerate(ranked)]
 
 
@@ -194,9 +234,9 @@ def _check_answers(names: Sequence[str], answers: Sequence[str]) -> None:
     first_with: dict[str, str] = {}
     for name, answer in zip(names, answers, strict=True):
         if not answer.strip():
-            raise _FieldFault(name, "the answer is empty")
+            raise FieldFault(name, _EMPTY_ANSWER)
         if answer in first_with:
-            raise _FieldFault(name, f'the answer is equal to "{first_with[answer]}", so there is nothing to prefer')
+            raise FieldFault(name, f'the answer is equal to "{first_with[answer]}", {_NOTHING_TO_PREFER}')
         first_with[answer] = name
 
 
@@ -209,8 +249,33 @@ def _margin(value: Any) -> float:
     except (TypeError, ValueError):
         margin = math.nan
     if not math.isfinite(margin):
-        raise _FieldFault("margin", f"{_found(value)} where a number is needed")
+        raise FieldFault("margin", f"{found_words(value)} where a number is needed")
     return margin
+
+
+def _parse_labelled(row: RawRow) -> LabelledRecord:
+    """An answer with its label, or a preference row: its best answer is desirable, its worst is not."""
+    fields = row.fields
+    if fields.get("label") is None:
+        if "label" in fields:
+            raise FieldFault("label", "null where true or false is needed")
+        if not any(fields.get(name) is not None for name in ("chosen", "rejected", "answers", "output")):
+            raise _FormatFault("the row has neither a label nor ranked answers", fields)
+        ranked = _parse_preference(row)
+        return LabelledRecord(row.where, ranked.prompt, (ranked.answers[0], ranked.answers[-1]), (True, False))
+    names = _sft_format(fields, "kto")
+    if names == ("text",):
+        raise _FormatFault("plain text has no answer to label", fields)
+    turns = _learned_conversation(fields, names[0]) if len(names) == 1 else _learned_pair(fields, names[0], names[1])
+    return LabelledRecord(row.where, turns[:-1], (turns[-1].content,), (_label(fields["label"]),))
+
+
+def _label(value: Any) -> bool:
+    known = {"true": True, "1": True, "false": False, "0": False}  # CSV has texts alone
+    word = str(value).strip().lower()
+    if not isinstance(value, (bool, int, str)) or word not in known:
+        raise FieldFault("label", f"{found_words(value)} where true (desirable) or false is needed")
+    return known[word]
 
 
 _PPO_PROMPTS = ("messages", "conversations", "instruction", "question", "query", "turns")
@@ -230,10 +295,35 @@ def _parse_prompt(row: RawRow) -> PromptRecord:
     return PromptRecord(row.where, prompt=prompt, columns={key: fields[key] for key in fields if key not in used})
 
 
-_PARSERS: dict[Stage, Callable[[RawRow], Record]] = {
+def _parse_scored(row: RawRow) -> PreferenceRecord:
+    """A preference row, or a prompt with one answer, which may be empty: a model wrote it, and it has a score."""
+    fields = row.fields
+    ranked = any(fields.get(name) is not None for name in ("chosen", "rejected", "answers"))
+    if ranked or isinstance(fields.get("output"), list):
+        return _parse_preference(row)
+    names = ("prompt", "answer") if _has_only_answer(fields) else _sft_format(fields, "score")
+    if names == ("text",):
+        raise _FormatFault("plain text has no answer to score", fields)
+    if len(names) == 1:
+        *turns, answer = _learned_conversation(fields, names[0])
+        return PreferenceRecord(row.where, prompt=tuple(turns), answers=(answer.content,))
+    return PreferenceRecord(row.where, prompt=_prompt(fields, names[0]), answers=(_answer(names[1], fields[names[1]]),))
+
+
+def _has_only_answer(fields: Fields) -> bool:
+    """Whether the row is prompt + answer, as samples.jsonl has it, and no format of sft."""
+    present = {
+        name for name in ("prompt", "answer", "response", "completion", "question") if fields.get(name) is not None
+    }
+    return present == {"prompt", "answer"}
+
+
+_PARSERS: dict[Stage, Callable[[RawRow], Record | LabelledRecord]] = {
     "sft": _parse_sft,
     "rm": _parse_preference,
+    "kto": _parse_labelled,
     "ppo": _parse_prompt,
+    "score": _parse_scored,
 }
 
 
@@ -262,31 +352,31 @@ def _prompt(fields: Fields, name: str, *, drop_answer: bool = False) -> Conversa
     elif name == "turns":
         turns = (Message("user", _first_of_turns(value)),)
     elif isinstance(value, str) and name not in ("messages", "conversations"):
-        turns = _open_transcript(name, value) if _is_transcript(value) else (Message("user", _text(name, value)),)
+        turns = open_transcript(name, value) if is_transcript(value) else (Message("user", text_of(name, value)),)
     elif isinstance(value, list) or name in ("messages", "conversations"):
-        turns = _conversation(name, value)
+        turns = conversation_of(name, value)
     else:
-        raise _FieldFault(name, f"{_found(value)} where text or a list of turns is needed")
+        raise FieldFault(name, f"{found_words(value)} where text or a list of turns is needed")
     if drop_answer:
         turns = _without_answer(name, turns)
     if turns[-1].role != "user":
-        raise _FieldFault(name, "the prompt ends with an assistant turn; it must end with a user turn")
+        raise FieldFault(name, "the prompt ends with an assistant turn; it must end with a user turn")
     if not turns[-1].content.strip():
-        raise _FieldFault(name, "the user's text is empty")
+        raise FieldFault(name, "the user's text is empty")
     return _with_system(fields, _with_history(fields, name, turns))
 
 
 def _without_answer(name: str, messages: Conversation) -> Conversation:
     kept = messages[:-1] if messages and messages[-1].role == "assistant" else messages
     if not kept or kept[-1].role != "user":
-        raise _FieldFault(name, "there is no user turn to answer")
+        raise FieldFault(name, "there is no user turn to answer")
     return kept
 
 
 def _instruction(fields: Fields) -> str:
-    instruction = _text("instruction", fields["instruction"])
+    instruction = text_of("instruction", fields["instruction"])
     value = fields.get("input")
-    extra = "" if value is None else _text("input", value)
+    extra = "" if value is None else text_of("input", value)
     if not extra.strip():
         extra = _first_instance_input(fields.get("instances"))
     if not extra.strip():
@@ -303,8 +393,8 @@ def _first_instance_input(instances: Any) -> str:
 
 def _first_of_turns(turns: Any) -> str:
     if not isinstance(turns, list) or not turns:
-        raise _FieldFault("turns", f"{_found(turns)} where a list of user turns is needed")
-    return _text("turns[0]", turns[0])
+        raise FieldFault("turns", f"{found_words(turns)} where a list of user turns is needed")
+    return text_of("turns[0]", turns[0])
 
 
 def _with_history(fields: Fields, name: str, turns: Conversation) -> Conversation:
@@ -313,29 +403,29 @@ def _with_history(fields: Fields, name: str, turns: Conversation) -> Conversatio
     if history is None or history == [] or history == "":
         return turns
     if len(turns) > 1:
-        raise _FieldFault("history", f'earlier turns beside "{name}", which is a whole conversation')
+        raise FieldFault("history", f'earlier turns beside "{name}", which is a whole conversation')
     if not isinstance(history, list):
-        raise _FieldFault("history", f"{_found(history)} where a list of [user, assistant] pairs is needed")
+        raise FieldFault("history", f"{found_words(history)} where a list of [user, assistant] pairs is needed")
     earlier: list[Message] = []
     for i, pair in enumerate(history):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise _FieldFault(f"history[{i}]", f"{_found(pair)} where a [user, assistant] pair is needed")
-        user, assistant = (_text(f"history[{i}][{side}]", text) for side, text in enumerate(pair))
+            raise FieldFault(f"history[{i}]", f"{found_words(pair)} where a [user, assistant] pair is needed")
+        user, assistant = (text_of(f"history[{i}][{side}]", text) for side, text in enumerate(pair))
         if not user.strip():
-            raise _FieldFault(f"history[{i}][0]", "the user's text is empty")
+            raise FieldFault(f"history[{i}][0]", "the user's text is empty")
         earlier += [Message("user", user), Message("assistant", assistant)]
     return (*earlier, *turns)
 
 
 def _with_system(fields: Fields, turns: Conversation) -> Conversation:
     value = fields.get("system")
-    system = "" if value is None else _text("system", value)
+    system = "" if value is None else text_of("system", value)
     if not system.strip():
         return turns
     if turns[0].role != "system":
         return (Message("system", system), *turns)
     if turns[0].content != system:
-        raise _FieldFault("system", "the conversation already opens with another system turn")
+        raise FieldFault("system", "the conversation already opens with another system turn")
     return turns
 
 
@@ -345,14 +435,14 @@ def _with_system(fields: Fields, turns: Conversation) -> Conversation:
 def _answer(name: str, value: Any) -> str:
     """One assistant text: a string, one message, or a list of one message."""
     if isinstance(value, str):
-        return _text(name, value)
+        return text_of(name, value)
     if isinstance(value, list) and len(value) == 1:
         return _answer(f"{name}[0]", value[0])
     if not isinstance(value, dict):
-        raise _FieldFault(name, f"{_found(value)} where one answer is needed")
-    message = _message(name, value)
+        raise FieldFault(name, f"{found_words(value)} where one answer is needed")
+    message = message_of(name, value)
     if message.role != "assistant":
-        raise _FieldFault(name, f"a {message.role} turn where an assistant turn is needed")
+        raise FieldFault(name, f"a {message.role} turn where an assistant turn is needed")
     return message.content
 
 
@@ -363,7 +453,7 @@ def _answers_to(
     prompt = _prompt(fields, prompt_name)
     raw_prompt = fields[prompt_name]
     is_text = isinstance(raw_prompt, str)
-    from_transcript = is_text and _is_transcript(raw_prompt)
+    from_transcript = is_text and is_transcript(raw_prompt)
     prompts: list[Conversation] = []
     answers: list[str] = []
     for name, value in found:
@@ -374,11 +464,11 @@ def _answers_to(
             continue
         before = _with_system(fields, turns[:-1])
         if before != prompt and not (is_text and not from_transcript and _is_one_turn_of(prompt, before)):
-            raise _FieldFault(name, "the conversation before its answer is not the prompt")
+            raise FieldFault(name, "the conversation before its answer is not the prompt")
         prompts.append(before)
         answers.append(turns[-1].content)
     if any(other != prompts[0] for other in prompts):
-        raise _FieldFault(found[-1][0], "the turns before the answers differ, so they do not answer one prompt")
+        raise FieldFault(found[-1][0], "the turns before the answers differ, so they do not answer one prompt")
     return prompts[0], tuple(answers)
 
 
@@ -390,20 +480,20 @@ def _is_one_turn_of(prompt: Conversation, conversation: Conversation) -> bool:
 def _repeated_conversation(name: str, value: Any, from_transcript: bool) -> Conversation | None:
     """The turns of an answer that carries its conversation; None for an answer alone."""
     if isinstance(value, list) and len(value) > 1:
-        turns = _conversation(name, value)
-    elif from_transcript and isinstance(value, str) and _is_transcript(value):
-        turns = _transcript(name, value)
+        turns = conversation_of(name, value)
+    elif from_transcript and isinstance(value, str) and is_transcript(value):
+        turns = transcript(name, value)
     else:
         return None
     if turns[-1].role != "assistant":
-        raise _FieldFault(name, "it ends with a user turn, so it holds no answer")
+        raise FieldFault(name, "it ends with a user turn, so it holds no answer")
     return turns
 
 
 def _transcript_answer(name: str, value: Any) -> str:
     text = _answer(name, value)
-    if _TRANSCRIPT_TURN.search(text):
-        raise _FieldFault(name, "further turns follow the answer")
+    if TRANSCRIPT_TURN.search(text):
+        raise FieldFault(name, "further turns follow the answer")
     return text.strip()
 
 
@@ -411,14 +501,14 @@ def _shared_beginning(pair: Sequence[tuple[str, Any]]) -> tuple[Conversation, li
     """The longest run of whole turns that two conversations begin with, and what is left of each."""
     conversations = []
     for name, value in pair:
-        if isinstance(value, str) and _is_transcript(value):
-            conversations.append(_transcript(name, value))
+        if isinstance(value, str) and is_transcript(value):
+            conversations.append(transcript(name, value))
         elif isinstance(value, list) and len(value) > 1:
-            conversations.append(_conversation(name, value))
+            conversations.append(conversation_of(name, value))
         else:
-            raise _FieldFault(
+            raise FieldFault(
                 name,
-                f"{_found(value)}, and the row has no prompt; without one, chosen and rejected are whole "
+                f"{found_words(value)}, and the row has no prompt; without one, chosen and rejected are whole "
                 "conversations: lists of turns, or transcripts of Human: and Assistant: turns",
             )
     first, second = conversations
@@ -432,139 +522,10 @@ def _last_turns(
     common: Conversation, pair: Sequence[tuple[str, Any]], tails: Sequence[Conversation]
 ) -> tuple[str, ...]:
     if not tails[0] and not tails[1]:
-        raise _FieldFault("rejected", 'the conversation is equal to "chosen", so there is nothing to prefer')
+        raise FieldFault("rejected", f'the conversation is equal to "chosen", {_NOTHING_TO_PREFER}')
     if not common or common[-1].role != "user":
-        raise _FieldFault("rejected", f'it parts from "chosen" at turn {len(common) + 1}, which is no answer to a user')
+        raise FieldFault("rejected", f'it parts from "chosen" at turn {len(common) + 1}, which is no answer to a user')
     for (name, _), tail in zip(pair, tails, strict=True):
         if len(tail) != 1:
-            raise _FieldFault(name, f"{len(tail)} turns follow what chosen and rejected share; one answer is needed")
+            raise FieldFault(name, f"{len(tail)} turns follow what chosen and rejected share; one answer is needed")
     return tuple(tail[0].content for tail in tails)
-
-
-# --- hh-rlhf transcripts ----------------------------------------------------------------------------------------------
-
-
-_TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
-
-
-def _is_transcript(text: str) -> bool:
-    if text.startswith("\n\nHuman:"):
-        return True
-    # Stripped of its first line breaks it looks like any text, unless an answer follows.
-    return text.lstrip().startswith("Human:") and "\n\nAssistant:" in text
-
-
-def _transcript_turns(name: str, text: str) -> Conversation:
-    parts = _TRANSCRIPT_TURN.split("\n\n" + text.lstrip())
-    speakers, contents = parts[1::2], parts[2::2]
-    return tuple(
-        Message("user" if speaker == "Human" else "assistant", _text(name, content).strip())
-        for speaker, content in zip(speakers, contents, strict=True)
-    )
-
-
-def _transcript(name: str, text: str) -> Conversation:
-    turns = _transcript_turns(name, text)
-    _check_turns(name, turns)
-    return turns
-
-
-def _open_transcript(name: str, text: str) -> Conversation:
-    """The turns of a transcript that waits for its answer, that is, ends with an empty ``Assistant:``."""
-    turns = _transcript_turns(name, text)
-    if turns[-1] != Message("assistant", ""):
-        raise _FieldFault(name, 'a transcript that does not end with an open "Assistant:" turn')
-    _check_turns(name, turns)
-    return turns[:-1]
-
-
-# --- turns and texts --------------------------------------------------------------------------------------------------
-
-
-def _conversation(name: str, value: Any) -> Conversation:
-    if not isinstance(value, list) or not value:
-        raise _FieldFault(name, f"{_found(value)} where a list of turns is needed")
-    turns = tuple(_message(f"{name}[{i}]", item) for i, item in enumerate(value))
-    _check_turns(name, turns)
-    return turns
-
-
-def _message(name: str, item: Any) -> Message:
-    if not isinstance(item, dict):
-        raise _FieldFault(name, f"{_found(item)} where a turn like {{role, content}} or {{from, value}} is needed")
-    role_key, content_key = ("role", "content") if item.get("role") is not None else ("from", "value")
-    if role_key not in item or content_key not in item:
-        raise _FieldFault(name, f"{_found(item)} where a turn like {{role, content}} or {{from, value}} is needed")
-    role = item[role_key]
-    if not isinstance(role, str) or role not in _ROLES:
-        said = f'the role "{role}"' if isinstance(role, str) else f"{_found(role)} as role"
-        raise _FieldFault(f"{name}.{role_key}", f"{said} is not supported; roles are {', '.join(_ROLES)}")
-    if item.get("tool_calls"):
-        raise _FieldFault(f"{name}.tool_calls", "tool calls are not supported")
-    return Message(_ROLES[role], _content(f"{name}.{content_key}", item[content_key]))
-
-
-def _check_turns(name: str, turns: Conversation) -> None:
-    """User and assistant alternate after an optional system turn, and the user always says something."""
-    start = 1 if turns[0].role == "system" else 0
-    if len(turns) == start:
-        raise _FieldFault(name, "a system turn alone; a user turn is needed after it")
-    for i, turn in enumerate(turns[start:]):
-        needed = "assistant" if i % 2 else "user"
-        if turn.role != needed:
-            raise _FieldFault(
-                f"{name}[{start + i}]",
-                f"the role is {turn.role} where {needed} is needed; "
-                "user and assistant alternate after an optional system turn",
-            )
-        if needed == "user" and not turn.content.strip():
-            raise _FieldFault(f"{name}[{start + i}]", "the user's text is empty")
-
-
-def _content(name: str, value: Any) -> str:
-    """A turn's text, given as a string or as a list of text parts."""
-    if not isinstance(value, list):
-        return _text(name, value)
-    texts = []
-    for i, part in enumerate(value):
-        if not isinstance(part, dict) or "type" not in part:
-            raise _FieldFault(
-                f"{name}[{i}]", f'{_found(part)} where a part like {{"type": "text", "text": ...}} is needed'
-            )
-        if part["type"] != "text":
-            raise _FieldFault(f"{name}[{i}]", f'a part of the type "{part["type"]}"; only text is supported')
-        texts.append(_text(f"{name}[{i}].text", part.get("text")))
-    return "".join(texts)
-
-
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise _FieldFault(name, f"{_found(value)} where text is needed")
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            code = ord(value[error.start])
-            raise _FieldFault(name, f"half a surrogate pair (\\u{code:04x}) at character {error.start}") from None
-    return value
-
-
-def _found(value: Any) -> str:
-    """How to call a value in a message."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, (int, float)):
-        return f"the number {str(value)[:20]}"
-    if isinstance(value, str):
-        return f"the text {_shortened(value)!r}" if value.strip() else "an empty text"
-    if isinstance(value, list):
-        return f"a list of {len(value)}" if value else "an empty list"
-    if isinstance(value, dict):
-        return f"an object with {', '.join(map(str, value)) or 'no fields'}"
-    return f"a {type(value).__name__}"
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 40 else text[:40] + "…"

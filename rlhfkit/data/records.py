@@ -8,6 +8,8 @@ from typing import Any
 
 from rlhfkit.chat.messages import Conversation
 
+REASONS_KEPT = 5
+
 
 @dataclass(frozen=True, slots=True)
 class SftRecord:
@@ -23,7 +25,7 @@ class SftRecord:
 
 @dataclass(frozen=True, slots=True)
 class PreferenceRecord:
-    """Answers to one prompt, best first; two answers are the usual pair.
+    """Answers to one prompt, best first; two answers are the usual pair. A single one is scored, not compared.
 
     ``prompt`` ends with a user turn. ``margin`` (reward units) is subtracted inside the ranking loss; 0 is none.
     """
@@ -32,6 +34,16 @@ class PreferenceRecord:
     prompt: Conversation
     answers: tuple[str, ...]
     margin: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledRecord:
+    """Answers to one prompt, each desirable or not. ``prompt`` ends with a user turn."""
+
+    where: str
+    prompt: Conversation
+    answers: tuple[str, ...]
+    labels: tuple[bool, ...]  # of each answer, whether it is desirable
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,3 +56,18 @@ class PromptRecord:
 
 
 Record = SftRecord | PreferenceRecord | PromptRecord
+
+
+@dataclass
+class Tally:
+    """How many rows have something, and the places of the first of them."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, where: str) -> None:
+        self.extend(Tally(1, [where]))
+
+    def extend(self, other: Tally) -> None:
+        self.count += other.count
+        self.first = [*self.first, *other.first][:REASONS_KEPT]

@@ -5,25 +5,31 @@ from __future__ import annotations
 import difflib
 import math
 import os
-import random
 import re
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
 
-from rlhfkit.data.parse import Stage, parse_row
-from rlhfkit.data.read import OnBadRow, RawRow, has_data_suffix, missing_path, read_rows
-from rlhfkit.data.records import Record
+from rlhfkit.data.parse import Stage, fault_kind, fault_place, likely_stage, parse_row
+from rlhfkit.data.read import Content, content_of, has_data_suffix, missing_path, read_rows
+from rlhfkit.data.records import REASONS_KEPT, Record, Tally
+from rlhfkit.data.rows import OnBadRow, RawRow
 from rlhfkit.errors import ConfigError, DataError
 
 T = TypeVar("T")
+OnBad = Literal["error", "skip"]
 
 NAMES_FILE = "datasets.yaml"
 DEFAULT_ENDPOINT = "https://huggingface.co"
-REASONS_KEPT = 5
+ROWS_LOOKED_AT = 100  # to find out what a source is for
 
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<split>.+))?")
 
@@ -38,12 +44,17 @@ class DataSource:
 
 @dataclass
 class SourceReport:
-    """What became of the rows of one source. ``reasons`` holds the first skipped rows, as ``where: reason``."""
+    """What became of the rows of one source. ``reasons`` holds the first skipped rows, as ``where: reason``.
+
+    ``empty_answers`` and ``equal_answers`` are among the skipped rows.
+    """
 
     name: str
     rows_kept: int = 0
     rows_skipped: int = 0
     reasons: list[str] = field(default_factory=list)
+    empty_answers: Tally = field(default_factory=Tally)
+    equal_answers: Tally = field(default_factory=Tally)
 
     @property
     def rows_read(self) -> int:
@@ -53,6 +64,16 @@ class SourceReport:
         self.rows_skipped += 1
         if len(self.reasons) < REASONS_KEPT:
             self.reasons.append(reason)
+        if (kind := fault_kind(reason)) != "other":
+            (self.empty_answers if kind == "empty answer" else self.equal_answers).add(fault_place(reason))
+
+    def extend(self, other: SourceReport) -> None:
+        """Count the rows of another report, which come after these."""
+        self.rows_kept += other.rows_kept
+        self.rows_skipped += other.rows_skipped
+        self.reasons = [*self.reasons, *other.reasons][:REASONS_KEPT]
+        self.empty_answers.extend(other.empty_answers)
+        self.equal_answers.extend(other.equal_answers)
 
 
 @dataclass
@@ -90,7 +111,7 @@ def load_records(
     specs: Sequence[str],
     stage: Stage,
     *,
-    on_bad_row: Literal["error", "skip"],
+    on_bad_row: OnBad,
     names_file: Path | None = None,
 ) -> tuple[list[list[Record]], LoadReport]:
     """The records of each source, one list per source, and the counts.
@@ -108,76 +129,174 @@ def load_records(
     records = []
     report = LoadReport()
     for spec in specs:
-        source = parse_source(spec)
-        source_report = SourceReport(source.name)
-        records.append(_load_source(source, stage, on_bad_row, names_file, source_report))
-        report.sources.append(source_report)
+        name = parse_source(spec).name
+        source = SourceReport(name)
+        records.append(list(parse_items(locate(name, names_file).items(), stage, on_bad_row, source)))
+        refuse_unusable(source, stage)
+        report.sources.append(source)
     return records, report
 
 
-def mix(records: list[list[T]], weights: list[float], seed: int) -> list[T]:
+def parse_items(
+    items: Iterable[RawRow | DataError], stage: Stage, on_bad_row: OnBad, report: SourceReport
+) -> Iterator[Any]:
+    """The records of what was read, of the stage's kind, counted in ``report``.
+
+    Raises:
+        DataError: a bad row, unless such rows are skipped.
+    """
+    for item in items:
+        try:
+            if isinstance(item, DataError):
+                raise item
+            record = parse_row(item, stage)
+        except DataError as error:
+            if on_bad_row == "error":
+                hint = f"{error.hint}; or leave such rows out with --on-bad-row skip"
+                raise DataError(error.message, hint=hint) from None
+            report.skip(error.message)
+        else:
+            report.rows_kept += 1
+            yield record
+
+
+def refuse_unusable(report: SourceReport, stage: Stage) -> None:
+    """
+    Raises:
+        DataError: none of a source's rows is of use.
+    """
+    if not report.rows_kept:
+        reason = f"; the first: {report.reasons[0]}" if report.reasons else ""
+        raise DataError(
+            f"{report.name}: none of its {report.rows_read} rows can be used for {stage}{reason}",
+            hint=f"check that this is {stage} data; without --on-bad-row skip the first fault is shown in full",
+        )
+
+
+class Mixed(Sequence[T]):
+    """Sources one after the other, each as often as its weight says; rows are looked up, never copied."""
+
+    def __init__(self, sources: Sequence[Sequence[T]], weights: Sequence[float], seed: int) -> None:
+        self._parts: list[tuple[Sequence[T], NDArray[np.int64]]] = []
+        ends = [0]
+        for index, (rows, weight) in enumerate(zip(sources, weights, strict=True)):
+            wanted = round(weight * len(rows))
+            rest = wanted % len(rows) if rows else 0
+            draw = np.random.default_rng((seed, index))
+            drawn = draw.choice(len(rows), rest, replace=False) if rest else np.zeros(0, np.int64)
+            self._parts.append((rows, np.sort(drawn)))
+            ends.append(ends[-1] + wanted)
+        self._ends = ends
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        part = bisect_right(self._ends, index) - 1
+        rows, drawn = self._parts[part]
+        from_end = self._ends[part + 1] - index  # the drawn rows stand after the whole copies
+        return rows[int(drawn[-from_end])] if from_end <= len(drawn) else rows[(index - self._ends[part]) % len(rows)]
+
+
+def mix(sources: Sequence[Sequence[T]], weights: Sequence[float], seed: int) -> Mixed[T]:
     """All sources one after the other, source i repeated ``weights[i]`` times; nothing is shuffled.
 
     A source of n rows gives round(weight · n) of them: whole copies, then a sample without replacement drawn with
     ``seed``, in the order of the source. The draw of one source does not depend on the others.
     """
-    mixed: list[T] = []
-    for index, (rows, weight) in enumerate(zip(records, weights, strict=True)):
-        copies, rest = divmod(round(weight * len(rows)), len(rows)) if rows else (0, 0)
-        drawn = sorted(random.Random(f"{seed}/{index}").sample(range(len(rows)), rest))
-        mixed += rows * copies
-        mixed += [rows[i] for i in drawn]
-    return mixed
+    return Mixed(sources, weights, seed)
 
 
-def _load_source(
-    source: DataSource,
-    stage: Stage,
-    on_bad_row: Literal["error", "skip"],
-    names_file: Path | None,
-    report: SourceReport,
-) -> list[Record]:
-    def on_bad(error: DataError) -> None:
-        if on_bad_row == "error":
-            hint = f"{error.hint}; or leave such rows out with --on-bad-row skip"
-            raise DataError(error.message, hint=hint) from None
-        report.skip(error.message)
+def detect_stage(spec: str, *, names_file: Path | None = None) -> Stage:
+    """The stage that most of the first rows of a source seem made for.
 
-    records: list[Record] = []
-    for row in _rows_of(source.name, names_file, on_bad):
-        try:
-            record = parse_row(row, stage)
-        except DataError as error:
-            on_bad(error)
-        else:
-            records.append(record)
-    report.rows_kept = len(records)
-    if not records:
-        reason = f"; the first: {report.reasons[0]}" if report.reasons else ""
+    Raises:
+        DataError: a source that does not exist or cannot be read, or whose first rows fit no stage.
+    """
+    name = parse_source(spec).name
+    rows = list(islice(locate(name, names_file).rows(lambda _: None), ROWS_LOOKED_AT))
+    votes = Counter(stage for row in rows if (stage := likely_stage(row.fields)) is not None)
+    if not votes:
+        fields = ", ".join(rows[0].fields) if rows else "none that can be read"
         raise DataError(
-            f"{source.name}: none of its {report.rows_read} rows can be used for {stage}{reason}",
-            hint=f"check that this is {stage} data; without --on-bad-row skip the first fault is shown in full",
+            f"{name}: its rows fit no stage; the fields of the first are {fields}",
+            hint="say how they are to be used with --stage sft, --stage rm or --stage ppo",
         )
-    return records
+    return votes.most_common(1)[0][0]
 
 
 # --- where a source is ------------------------------------------------------------------------------------------------
 
 
-def _rows_of(name: str, names_file: Path | None, on_bad: OnBadRow) -> Iterator[RawRow]:
-    """The rows of a path, else of a name in datasets.yaml, else of a hub data set."""
+@dataclass(frozen=True)
+class Place:
+    """Where a source's rows are: a file or folder, else a data set of the hub as the ``datasets`` library gave it."""
+
+    path: Path | None = None
+    hub: Any = None
+    name: str = ""  # of the data set, for messages
+
+    def rows(self, on_bad: OnBadRow) -> Iterator[RawRow]:
+        if self.path is not None:
+            return read_rows(self.path, on_bad)
+        return (RawRow(f"{self.name}: row {index}", dict(row)) for index, row in enumerate(self.hub, start=1))
+
+    def items(self) -> Iterator[RawRow | DataError]:
+        """Rows, and the faults of rows that cannot be read, in their order.
+
+        Raises:
+            DataError: a fault of the whole file, once all before it was given.
+        """
+        faults: list[DataError] = []
+        rows = self.rows(faults.append)
+        while True:
+            fatal: DataError | None = None
+            row = None
+            try:
+                row = next(rows, None)
+            except DataError as error:
+                fatal = error
+            yield from faults
+            faults.clear()
+            if fatal is not None:
+                raise fatal
+            if row is None:
+                return
+            yield row
+
+    def content(self) -> Content:
+        """What the rows are made from. A hub data set's digest is the library's, None if it has none."""
+        if self.path is not None:
+            return content_of(self.path)
+        return Content(getattr(self.hub, "_fingerprint", None), len(self.hub))
+
+
+def locate(name: str, names_file: Path | None = None) -> Place:
+    """A path, else a name in datasets.yaml, else a hub data set, which is loaded.
+
+    Raises:
+        DataError: there is no such source.
+    """
     path = Path(name).expanduser()
     if path.exists():
-        return read_rows(path, on_bad)
+        return Place(path)
     entries, listed_in = _named_sources(names_file)
     if name in entries:
-        return _rows_of_entry(name, entries[name], listed_in, on_bad)
+        return _place_of_entry(name, entries[name], listed_in)
     if _looks_like_path(name):
         raise missing_path(path)
     hub = _HUB_ID.fullmatch(name)
     if hub is None:
         raise _unknown_source(name, entries, listed_in)
-    return _hub_rows(hub["id"], hub["split"])
+    return _hub_place(hub["id"], hub["split"])
 
 
 def _looks_like_path(name: str) -> bool:
@@ -219,8 +338,8 @@ def _named_sources(names_file: Path | None) -> tuple[dict[str, Any], Path]:
 _ENTRY_HINT = "each entry is `name: path` or `name: {path: ..., split: ...}`"
 
 
-def _rows_of_entry(name: str, entry: Any, listed_in: Path, on_bad: OnBadRow) -> Iterator[RawRow]:
-    """The rows of one entry; a relative path counts from the folder of the file that lists it."""
+def _place_of_entry(name: str, entry: Any, listed_in: Path) -> Place:
+    """Where one entry's rows are; a relative path counts from the folder of the file that lists it."""
     where = f'{listed_in}: entry "{name}"'
     keys = {"path": entry} if isinstance(entry, str) else entry
     if not isinstance(keys, dict) or not isinstance(keys.get("path"), str):
@@ -237,16 +356,16 @@ def _rows_of_entry(name: str, entry: Any, listed_in: Path, on_bad: OnBadRow) -> 
     if path.exists():
         if split is not None:
             raise DataError(f"{where} has a split, but {path} is local and has none", hint="remove the split")
-        return read_rows(path, on_bad)
+        return Place(path)
     if _looks_like_path(target) or hub is None:
         error = missing_path(path)
         raise DataError(f"{where}: {error.message}", hint=error.hint)
     if split is not None and hub["split"] is not None:
         raise DataError(f"{where} names two splits, {hub['split']} and {split}", hint="keep one of them")
-    return _hub_rows(hub["id"], split or hub["split"])
+    return _hub_place(hub["id"], split or hub["split"])
 
 
-def _hub_rows(hub_id: str, split: str | None) -> Iterator[RawRow]:
+def _hub_place(hub_id: str, split: str | None) -> Place:
     endpoint = os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT
     # Imported here: it is slow, reads HF_ENDPOINT when imported, and local files do without it.
     import datasets
@@ -260,5 +379,4 @@ def _hub_rows(hub_id: str, split: str | None) -> Iterator[RawRow]:
             f"{type(error).__name__}: {reason}",
             hint="give a local file or folder, or ask another hub with --hf-endpoint URL",
         ) from error
-    name = f"{hub_id}:{split}" if split else hub_id
-    return (RawRow(f"{name}: row {index}", dict(row)) for index, row in enumerate(rows, start=1))
+    return Place(hub=rows, name=f"{hub_id}:{split}" if split else hub_id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from rlhfkit.chat.template import ChatEncoder
 from rlhfkit.data.batch import TokenRow, token_row
-from rlhfkit.data.records import PreferenceRecord, PromptRecord, SftRecord
-from rlhfkit.errors import DataError
+from rlhfkit.data.parse import Stage
+from rlhfkit.data.records import LabelledRecord, PreferenceRecord, PromptRecord, SftRecord, Tally
+from rlhfkit.errors import DataError, TemplateError
 
 
 @dataclass
@@ -23,18 +24,27 @@ class TokenReport:
     tokens: int = 0
     supervised: int = 0
     truncated: int = 0
-    left_out: dict[str, list[str]] = field(default_factory=dict)  # reason -> where
+    left_out: dict[str, Tally] = field(default_factory=dict)  # by reason
 
     def leave_out(self, reason: str, where: str) -> None:
-        self.left_out.setdefault(reason, []).append(where)
+        self.left_out.setdefault(reason, Tally()).add(where)
+
+    def extend(self, other: TokenReport) -> None:
+        """Count the rows of another report, which come after these."""
+        self.rows += other.rows
+        self.tokens += other.tokens
+        self.supervised += other.supervised
+        self.truncated += other.truncated
+        for reason, tally in other.left_out.items():
+            self.left_out.setdefault(reason, Tally()).extend(tally)
 
     def sentences(self) -> list[str]:
         """What a user should know, nothing if all is well."""
         lines = []
         if self.truncated:
             lines.append(f"{self.truncated} of {self.rows} rows were longer than --max-length and were cut")
-        for reason, places in self.left_out.items():
-            lines.append(f"{len(places)} of {self.rows} rows left out: {reason} (first: {places[0]})")
+        for reason, tally in self.left_out.items():
+            lines.append(f"{tally.count} of {self.rows} rows left out: {reason} (first: {tally.first[0]})")
         return lines
 
 
@@ -48,6 +58,15 @@ class PairRow:
 
 
 @dataclass(frozen=True, slots=True)
+class LabelledRow:
+    """A prompt and answers to it, as token ids, each desirable or not."""
+
+    prompt: NDArray[np.int32]
+    answers: tuple[NDArray[np.int32], ...]
+    labels: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class PromptRow:
     """A prompt as token ids, with the record it came from."""
 
@@ -55,98 +74,161 @@ class PromptRow:
     record: PromptRecord
 
 
-def tokenize_sft(
-    records: Sequence[SftRecord], encoder: ChatEncoder, max_length: int, tick: Callable[[], None] = lambda: None
-) -> tuple[list[TokenRow], TokenReport]:
-    """Token rows for supervised fine-tuning.
+def sft_row(record: SftRecord, encoder: ChatEncoder, max_length: int, report: TokenReport) -> TokenRow | None:
+    """A row for supervised fine-tuning, counted in ``report``.
 
-    A row longer than ``max_length`` keeps its beginning: the end of the last answer, and so its turn end, is lost. A
-    row with no supervised token left is left out and counted.
+    One longer than ``max_length`` keeps its beginning: the end of the last answer, and so its turn end, is lost. A row
+    with no supervised token left is None.
+    """
+    tokenizer = encoder.tokenizer
+    if record.text is not None:
+        # Plain text: every token is learned, and that the text ends. Only a bos gives the first token a context.
+        ids = [*encoder.encode_text(record.text), tokenizer.eos_token_id]
+        if tokenizer.bos_token_id is not None and tokenizer.bos_token_id != tokenizer.eos_token_id:
+            ids = [tokenizer.bos_token_id, *ids]
+        supervised = [True] * len(ids)
+    else:
+        encoded = encoder.encode(record.messages)
+        ids, supervised = encoded.ids, encoded.supervised
+    report.rows += 1
+    if len(ids) > max_length:
+        report.truncated += 1
+        ids, supervised = ids[:max_length], supervised[:max_length]
+    row = token_row(ids, supervised)
+    if row.targets == 0:
+        report.leave_out("nothing to learn within --max-length", record.where)
+        return None
+    report.tokens += len(row)
+    report.supervised += row.targets
+    return row
+
+
+def pair_row(record: PreferenceRecord, encoder: ChatEncoder, max_length: int, report: TokenReport) -> PairRow:
+    """A prompt and its answers for the reward model, counted in ``report``.
+
+    No pair is dropped for its length: `fit_answers` says what is cut.
+    """
+    return PairRow(*_answered(record, encoder, max_length, report), record.margin)
+
+
+def labelled_row(record: LabelledRecord, encoder: ChatEncoder, max_length: int, report: TokenReport) -> LabelledRow:
+    """A prompt and its answers for KTO, counted in ``report``; cut as those of a pair are."""
+    return LabelledRow(*_answered(record, encoder, max_length, report), record.labels)
+
+
+def _answered(
+    record: PreferenceRecord | LabelledRecord, encoder: ChatEncoder, max_length: int, report: TokenReport
+) -> tuple[NDArray[np.int32], tuple[NDArray[np.int32], ...]]:
+    pairs = [encoder.encode_pair(record.prompt, answer) for answer in record.answers]
+    prompt, answers = fit_answers(pairs[0][0], [ids for _, ids in pairs], max_length)
+    report.rows += 1
+    report.truncated += len(prompt) < len(pairs[0][0]) or any(
+        len(kept) < len(ids) for kept, (_, ids) in zip(answers, pairs, strict=True)
+    )
+    report.tokens += sum(len(prompt) + len(ids) for ids in answers)
+    return np.asarray(prompt, np.int32), tuple(np.asarray(ids, np.int32) for ids in answers)
+
+
+def fit_answers(
+    prompt: Sequence[int], answers: Sequence[Sequence[int]], max_length: int
+) -> tuple[Sequence[int], list[Sequence[int]]]:
+    """The prompt and the answers to it within ``max_length`` tokens, each with the prompt in front.
+
+    A prompt that leaves no room is cut from the left, the same for all its answers, so that they are compared in one
+    context; an answer longer than ``max_length`` - 1 keeps its beginning.
+    """
+    kept = [ids[: max_length - 1] for ids in answers]
+    room = max_length - max(len(ids) for ids in kept)
+    return prompt[max(0, len(prompt) - room) :], kept
+
+
+def prompt_row(record: PromptRecord, encoder: ChatEncoder, max_length: int, report: TokenReport) -> PromptRow | None:
+    """A prompt for PPO, counted in ``report``. One longer than ``max_length`` is None: cut, it would ask something
+    else."""
+    ids = encoder.encode_prompt(record.prompt)
+    report.rows += 1
+    if len(ids) > max_length:
+        report.leave_out(f"prompt longer than {max_length} tokens", record.where)
+        return None
+    report.tokens += len(ids)
+    return PromptRow(np.asarray(ids, np.int32), record)
+
+
+_MakeRow = Callable[[Any, ChatEncoder, int, TokenReport], Any]
+_ROW_OF: dict[Stage, _MakeRow] = {
+    "sft": sft_row,
+    "rm": pair_row,
+    "kto": labelled_row,
+    "score": pair_row,
+    "ppo": prompt_row,
+}
+
+
+def make_row(stage: Stage, record: Any, encoder: ChatEncoder, max_length: int, report: TokenReport) -> Any:
+    """The row of a record as its stage uses it, None if it is left out.
+
+    Raises:
+        TemplateError: the template refuses the conversation; names the row.
+    """
+    try:
+        return _ROW_OF[stage](record, encoder, max_length, report)
+    except TemplateError as error:
+        raise TemplateError(f"{record.where}: {error.message}", hint=error.hint) from None
+
+
+def tokenize_sft(
+    records: Iterable[SftRecord], encoder: ChatEncoder, max_length: int, tick: Callable[[], None] = lambda: None
+) -> tuple[list[TokenRow], TokenReport]:
+    """Rows of `sft_row`.
 
     Raises:
         DataError: no row is left.
     """
-    report, rows = TokenReport(), []
-    tokenizer = encoder.tokenizer
-    for record in records:
-        tick()
-        report.rows += 1
-        if record.text is not None:
-            # Plain text: every token is learned, and that the text ends. Only a bos gives the first token a context.
-            ids = [*encoder.encode_text(record.text), tokenizer.eos_token_id]
-            if tokenizer.bos_token_id is not None and tokenizer.bos_token_id != tokenizer.eos_token_id:
-                ids = [tokenizer.bos_token_id, *ids]
-            supervised = [True] * len(ids)
-        else:
-            encoded = encoder.encode(record.messages)
-            ids, supervised = encoded.ids, encoded.supervised
-        if len(ids) > max_length:
-            report.truncated += 1
-            ids, supervised = ids[:max_length], supervised[:max_length]
-        row = token_row(ids, supervised)
-        if row.targets == 0:
-            report.leave_out("nothing to learn within --max-length", record.where)
-            continue
-        report.tokens += len(row)
-        report.supervised += row.targets
-        rows.append(row)
-    return _not_empty(rows, report), report
+    return _tokenize("sft", records, encoder, max_length, tick)
 
 
 def tokenize_pairs(
-    records: Sequence[PreferenceRecord], encoder: ChatEncoder, max_length: int, tick: Callable[[], None] = lambda: None
+    records: Iterable[PreferenceRecord], encoder: ChatEncoder, max_length: int, tick: Callable[[], None] = lambda: None
 ) -> tuple[list[PairRow], TokenReport]:
-    """Prompts and answers for the reward model.
-
-    No pair is dropped for its length. A prompt that leaves no room is cut from the left, the same for all its answers,
-    so that they are compared in the same context; an answer longer than ``max_length`` - 1 keeps its beginning.
+    """Rows of `pair_row`.
 
     Raises:
         DataError: no row is left.
     """
-    report, rows = TokenReport(), []
-    for record in records:
-        tick()
-        report.rows += 1
-        pairs = [encoder.encode_pair(record.prompt, answer) for answer in record.answers]
-        prompt = pairs[0][0]
-        answers = [ids[: max_length - 1] for _, ids in pairs]
-        room = max_length - max(len(ids) for ids in answers)
-        cut = len(prompt) > room or any(len(ids) > max_length - 1 for _, ids in pairs)
-        report.truncated += cut
-        prompt = prompt[max(0, len(prompt) - room) :]
-        report.tokens += sum(len(prompt) + len(ids) for ids in answers)
-        rows.append(
-            PairRow(np.asarray(prompt, np.int32), tuple(np.asarray(ids, np.int32) for ids in answers), record.margin)
-        )
-    return _not_empty(rows, report), report
+    return _tokenize("rm", records, encoder, max_length, tick)
 
 
 def tokenize_prompts(
-    records: Sequence[PromptRecord], encoder: ChatEncoder, max_length: int, tick: Callable[[], None] = lambda: None
+    records: Iterable[PromptRecord], encoder: ChatEncoder, max_length: int, tick: Callable[[], None] = lambda: None
 ) -> tuple[list[PromptRow], TokenReport]:
-    """Prompts for PPO. One longer than ``max_length`` is left out: cut, it would ask something else.
+    """Rows of `prompt_row`.
 
     Raises:
         DataError: no prompt is left.
     """
+    return _tokenize("ppo", records, encoder, max_length, tick)
+
+
+def _tokenize(
+    stage: Stage, records: Iterable[Any], encoder: ChatEncoder, max_length: int, tick: Callable[[], None]
+) -> tuple[list[Any], TokenReport]:
     report, rows = TokenReport(), []
     for record in records:
         tick()
-        report.rows += 1
-        ids = encoder.encode_prompt(record.prompt)
-        if len(ids) > max_length:
-            report.leave_out(f"prompt longer than {max_length} tokens", record.where)
-            continue
-        report.tokens += len(ids)
-        rows.append(PromptRow(np.asarray(ids, np.int32), record))
-    return _not_empty(rows, report), report
+        row = make_row(stage, record, encoder, max_length, report)
+        if row is not None:
+            rows.append(row)
+    refuse_none(len(rows), report)
+    return rows, report
 
 
-def _not_empty(rows: list[Any], report: TokenReport) -> list[Any]:
+def refuse_none(rows: int, report: TokenReport) -> None:
+    """
+    Raises:
+        DataError: no row is left.
+    """
     if not rows:
         raise DataError(
             "no row is left to train on: " + ("; ".join(report.sentences()) or "the data is empty"),
             hint="raise --max-length, or for PPO --max-prompt-length",
         )
-    return rows

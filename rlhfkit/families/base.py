@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlhfkit.families.legacy import LegacyLayout, Sentencepiece
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
@@ -30,9 +32,13 @@ class Family:
             stop list of generation_config, the template's own end of turn first.
         lora_targets: names of the linear layers that ``--lora-targets auto`` adapts.
         requires_conversion: model types whose remote code is unsafe under today's transformers (random weights,
-            uninitialised rotary tables): loading one is refused with the way out.
+            uninitialised rotary tables): such a checkpoint is converted on its way in.
+        legacy_layout: function (config.json as a dict, rows of the embedding) -> layout of a checkpoint of those types.
+        bare_sentencepiece: how a folder with a ``tokenizer.model`` and no ``tokenizer.json`` is read; None leaves it to
+            transformers.
         template_for: optional function (config.json as a dict, tokenizer vocabulary) -> template name, for families
             whose members use different formats.
+        starters: hub ids of chat models to start from and their sizes in billions of parameters, for ``rlhfkit init``.
         notes: facts worth showing in ``rlhfkit families``.
     """
 
@@ -45,7 +51,10 @@ class Family:
     lora_targets: tuple[str, ...]
     compatible_model_types: tuple[str, ...] = ()
     requires_conversion: tuple[str, ...] = ()
+    legacy_layout: Callable[[Mapping[str, Any], int], LegacyLayout] | None = None
+    bare_sentencepiece: Sentencepiece | None = None
     template_for: Callable[[Mapping[str, Any], Mapping[str, int]], str] | None = None
+    starters: tuple[tuple[str, float], ...] = ()
     notes: tuple[str, ...] = field(default_factory=tuple)
 
     def choose_template(self, config: Mapping[str, Any], vocabulary: Mapping[str, int]) -> str:

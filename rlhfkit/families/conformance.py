@@ -57,6 +57,8 @@ def check_family(family: Family) -> list[str]:
     unclaimed = [t for t in family.requires_conversion if t not in family.model_types + family.compatible_model_types]
     if unclaimed:
         faults.append(f"requires_conversion names {', '.join(unclaimed)}, which model_types does not claim")
+    elif family.requires_conversion and family.legacy_layout is None:
+        faults.append("requires_conversion names model types, and there is no legacy_layout to convert them by")
     return faults + _pad_faults(family) + _template_faults(family) + _clashes(family)
 
 

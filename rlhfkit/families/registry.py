@@ -72,6 +72,18 @@ def _listing() -> str:
     )
 
 
+def named_family(name: str) -> Family:
+    """The family of this name.
+
+    Raises:
+        FamilyError: none is installed.
+    """
+    family = next((item.family for item in installed_families() if item.family.name == name), None)
+    if family is None:
+        raise FamilyError(f"no family called '{name}' is installed", hint=f"installed: {_listing()}")
+    return family
+
+
 def find_family(config: Mapping[str, Any], *, name: str = "auto", where: str = "the model") -> Family:
     """The family of a checkpoint.
 
@@ -91,9 +103,7 @@ def find_family(config: Mapping[str, Any], *, name: str = "auto", where: str = "
         )
     families = [item.family for item in installed_families()]
     if name != "auto":
-        family = next((f for f in families if f.name == name), None)
-        if family is None:
-            raise FamilyError(f"no family called '{name}' is installed", hint=f"installed: {_listing()}")
+        family = named_family(name)
         accepted = family.model_types + family.compatible_model_types
         if model_type not in accepted:
             fitting = [f.name for f in families if model_type in f.model_types]

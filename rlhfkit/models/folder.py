@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rlhfkit.errors import ModelError
+from rlhfkit.families.legacy import LegacyLayout
 
 RECORD = "rlhfkit.json"  # what a run of ours writes beside its weights
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "qwen.tiktoken")
@@ -23,6 +24,8 @@ class ModelSource:
         adapter: LoRA folder on top of it, or None.
         config: the base's config.json.
         record: `rlhfkit.json` of the folder the user named, empty if there is none.
+        legacy: the folder that ``base`` is converted from, empty where it is no copy.
+        layout: of a legacy checkpoint that is not converted, but read and written as it is; None for all others.
     """
 
     path: str
@@ -30,6 +33,8 @@ class ModelSource:
     adapter: str | None
     config: dict[str, Any]
     record: dict[str, Any]
+    legacy: str = ""
+    layout: LegacyLayout | None = None
 
     @property
     def tokenizer_path(self) -> str:
@@ -37,6 +42,12 @@ class ModelSource:
         if self.adapter is not None and has_tokenizer(self.adapter):
             return self.adapter
         return self.base
+
+    @property
+    def positions(self) -> int:
+        """Most tokens that the model was made for; 0 if its config.json names no limit."""
+        kept = self.config.get("model_max_length") if self.layout is not None else None
+        return int(self.config.get("max_position_embeddings") or kept or 0)
 
     @property
     def is_reward_model(self) -> bool:
@@ -65,25 +76,25 @@ def open_model(path: str, *, adapter: str = "") -> ModelSource:
         near = sorted(p.name for p in folder.parent.glob("*") if p.is_dir())[:8] if folder.parent.is_dir() else []
         raise ModelError(
             f"no model folder at {named}",
-            hint=f"in {folder.parent}: {', '.join(near)}"
+            hint=f"near it in {folder.parent}: {', '.join(near)}"
             if near
             else "check the path, or give a hub id such as owner/name",
         )
-    record = _read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
+    record = read_json_object(folder / RECORD) if (folder / RECORD).is_file() else {}
     if folder.is_dir() and (folder / "adapter_config.json").is_file():
         if adapter and path:
             raise ModelError(f"{path} is a LoRA folder itself", hint="give the base as --model, or leave --adapter out")
-        base = str(_read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "")
+        base = str(read_json_object(folder / "adapter_config.json").get("base_model_name_or_path") or "")
         return _with_adapter(named, base, str(folder), record)
     if adapter:
         adapter_folder = Path(adapter).expanduser()
         if not (adapter_folder / "adapter_config.json").is_file():
             raise ModelError(f"{adapter} is no LoRA folder: it has no adapter_config.json")
-        record = _read_json(adapter_folder / RECORD) if (adapter_folder / RECORD).is_file() else {}
+        record = read_json_object(adapter_folder / RECORD) if (adapter_folder / RECORD).is_file() else {}
         return _with_adapter(adapter, path, str(adapter_folder), record)
     # Absolute, since it is written into adapters, which are used from other working directories.
     base = str(folder.resolve()) if folder.is_dir() else named
-    return ModelSource(named, base, None, _read_config(named), record)
+    return _native(ModelSource(named, base, None, _read_config(named), record))
 
 
 def _with_adapter(named: str, base: str, adapter: str, record: dict[str, Any]) -> ModelSource:
@@ -93,7 +104,25 @@ def _with_adapter(named: str, base: str, adapter: str, record: dict[str, Any]) -
             hint="move the base back, or mend base_model_name_or_path in adapter_config.json",
         )
     base = str(Path(base).resolve()) if Path(base).is_dir() else base
-    return ModelSource(named, base, adapter, _read_config(base), record)
+    return _native(ModelSource(named, base, adapter, _read_config(base), record))
+
+
+def _native(source: ModelSource) -> ModelSource:
+    """The same, or with the converted copy of a legacy checkpoint as its base."""
+    from rlhfkit.models.converted import folder_of, is_legacy, open_legacy, own_layout
+
+    if not is_legacy(source.config):
+        return source
+    if (layout := own_layout(source.config)) is not None:
+        return replace(source, base=str(folder_of(source.base)), layout=layout)
+    copy, legacy = open_legacy(source.base)
+    return replace(
+        source,
+        base=str(copy),
+        legacy=legacy,
+        config=read_json_object(copy / "config.json"),
+        record=source.record or read_json_object(copy / RECORD),
+    )
 
 
 def _read_config(path: str) -> dict[str, Any]:
@@ -105,7 +134,7 @@ def _read_config(path: str) -> dict[str, Any]:
                 f"{path} is no model folder: it has no config.json (found: {found})",
                 hint="a run's model is in its final/ folder; a broken one is mended by: rlhfkit fix-checkpoint SRC DST",
             )
-        return _read_json(folder / "config.json")
+        return read_json_object(folder / "config.json")
     from transformers import PretrainedConfig
 
     try:
@@ -113,6 +142,11 @@ def _read_config(path: str) -> dict[str, Any]:
     except OSError as error:
         import os
 
+        if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+            raise ModelError(
+                f"'{path}' is no folder here and not in the cache, and HF_HUB_OFFLINE forbids downloads",
+                hint="check the name, give a folder, or unset HF_HUB_OFFLINE",
+            ) from error
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         raise ModelError(
             f"'{path}' is no folder here, and {endpoint} did not give it: {str(error).splitlines()[0]}",
@@ -121,7 +155,12 @@ def _read_config(path: str) -> dict[str, Any]:
     return dict(config)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ModelError: it holds something else.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

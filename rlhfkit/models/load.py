@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rlhfkit.chat.template import ChatEncoder, Template, load_template
-from rlhfkit.config.blocks import LoraConfig, Quantize
+from rlhfkit.config.blocks import Kernels, LoraConfig, Quantize
 from rlhfkit.errors import ConfigError, ModelError
 from rlhfkit.families.base import Family
 from rlhfkit.families.registry import find_family
 from rlhfkit.families.tokens import TokenPolicy, align_model, apply_token_policy
+from rlhfkit.models.attention import use_packed_attention
+from rlhfkit.models.converted import bare_tokenizer, convert_weights, kept_tokenizer
 from rlhfkit.models.folder import ModelSource, has_tokenizer
+from rlhfkit.models.kernels import use_fast_layers
+from rlhfkit.models.lora import use_fast_lora
+from rlhfkit.models.precision import current_device
+from rlhfkit.models.trust import code_options, refuse_outside_paths
+from rlhfkit.models.vocabulary import forbid_padding_rows, grow_vocabulary, token_count
+from rlhfkit.repair.tensors import why_unreadable
 
-VOCABULARY_MULTIPLE = 64  # tensor cores like it; what the Qwen and Baichuan checkpoints themselves use
 HEAD_NAMES = ("score", "classifier")  # transformers' names for the head of a sequence classifier
 Task = Literal["causal", "reward"]
 
@@ -38,6 +45,11 @@ class TextSide:
     def template(self) -> Template:
         return self.encoder.template
 
+    @property
+    def vocabulary(self) -> int:
+        """Ids from here on are no tokens."""
+        return token_count(self.tokenizer)
+
 
 @dataclass
 class LoadedModel:
@@ -47,6 +59,7 @@ class LoadedModel:
     text: TextSide
     source: ModelSource
     notes: list[str] = field(default_factory=list)
+    quantize: Quantize = "none"  # storage of the base
 
     @property
     def is_lora(self) -> bool:
@@ -67,11 +80,16 @@ def load_text_side(
         FamilyError, TemplateError, ModelError: see there; also a folder without a tokenizer.
     """
     chosen = find_family(source.config, name=family, where=source.path)
-    _refuse_unsafe_remote_code(chosen, source)
-    tokenizer = _load_tokenizer(source, trust_remote_code)
+    if source.layout is not None:
+        chosen = replace(chosen, lora_targets=source.layout.lora_targets)
+    tokenizer = _load_tokenizer(source, chosen, trust_remote_code)
     encoder = ChatEncoder(tokenizer, _choose_template(source, chosen, tokenizer, template))
     tokens = apply_token_policy(chosen, tokenizer, encoder, generation_eos=_generation_eos(source))
-    return TextSide(tokenizer, encoder, chosen, tokens, [f"chat template: {encoder.template.name}", *tokens.changes])
+    notes = [f"converted from {source.legacy}: {source.base}"] if source.legacy else []
+    if source.layout is not None:
+        notes.append(f"{source.layout.name}: read and saved in its own layout, computed by a class of its adapter")
+    notes.append(f"chat template: {encoder.template.name}")
+    return TextSide(tokenizer, encoder, chosen, tokens, [*notes, *tokens.changes])
 
 
 def _generation_eos(source: ModelSource) -> int | list[int] | None:
@@ -92,10 +110,12 @@ def _choose_template(source: ModelSource, family: Family, tokenizer: Any, wanted
     if own := getattr(tokenizer, "chat_template", None):
         # Several named templates may come with a tokenizer; the nameless one is for plain chat.
         return Template("tokenizer", own["default"] if isinstance(own, dict) else own)
+    if source.layout is not None:
+        return load_template(source.layout.template)
     return load_template(family.choose_template(source.config, tokenizer.get_vocab()))
 
 
-def _load_tokenizer(source: ModelSource, trust_remote_code: bool) -> Any:
+def _load_tokenizer(source: ModelSource, family: Family, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     path = source.tokenizer_path
@@ -104,23 +124,16 @@ def _load_tokenizer(source: ModelSource, trust_remote_code: bool) -> Any:
             f"{path} has no tokenizer: none of tokenizer.json, tokenizer.model, vocab.json is there",
             hint="copy them from the original model with: rlhfkit fix-checkpoint ORIGINAL_FOLDER " + path,
         )
+    if (own := kept_tokenizer(source) or bare_tokenizer(family, path)) is not None:
+        return own
+    code = code_options(path, trust_remote_code and source.layout is None)
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(path, **code)
     except Exception as error:  # a damaged file surfaces as many kinds of error, from several libraries
         raise ModelError(
             f"the tokenizer of {path} does not load: {type(error).__name__}: {_first_line(error)}",
             hint="mend the folder with: rlhfkit fix-checkpoint ORIGINAL_FOLDER " + path,
         ) from error
-
-
-def _refuse_unsafe_remote_code(family: Family, source: ModelSource) -> None:
-    model_type = str(source.config.get("model_type", ""))
-    if model_type in family.requires_conversion:
-        raise ModelError(
-            f"{source.path} is a '{model_type}' checkpoint whose own Python code today's transformers loads wrongly "
-            "(random projections or uninitialised rotary tables, without an error)",
-            hint="use the same weights in a native layout (model_type qwen2 or llama)",
-        )
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
@@ -136,6 +149,8 @@ def load_model(
     quantize: Quantize = "none",
     trust_remote_code: bool = False,
     gradient_checkpointing: bool = False,
+    packing: bool = True,
+    kernels: Kernels = "auto",
     fresh_head: bool = False,
     device: torch.device | None = None,
 ) -> LoadedModel:
@@ -151,6 +166,8 @@ def load_model(
         quantize: the base's storage.
         trust_remote_code: run the model folder's own code.
         gradient_checkpointing: recompute activations.
+        packing: compute lines of tokens instead of padded rows, where the architecture can.
+        kernels: how norms and SwiGLU layers are computed.
         fresh_head: a reward head may be new; otherwise a missing one is an error.
         device: where a quantised base is put at once.
 
@@ -163,11 +180,13 @@ def load_model(
             f"{source.path} is a reward model: it scores answers and cannot write any",
             hint="give the SFT or PPO model as --model; a reward model goes to: rlhfkit ppo --reward",
         )
+    if source.legacy:
+        convert_weights(Path(source.base), Path(source.legacy))
     train_all = lora is not None and lora.rank == 0
     weights = torch.float32 if train_all else dtype
     model, head_is_missing = _load_base(source, task, weights, quantize, trust_remote_code, device)
     notes: list[str] = []
-    if grown := grow_vocabulary(model, max(len(text.tokenizer), int(source.record.get("vocab_rows", 0)))):
+    if grown := grow_vocabulary(model, max(text.vocabulary, int(source.record.get("vocab_rows", 0)))):
         notes.append(grown)
     if source.adapter is not None:
         model = _load_adapter(model, source, task, trainable=lora is not None and not train_all, lora=lora)
@@ -176,17 +195,27 @@ def load_model(
             notes.append(f"the adapter of {source.adapter} was merged into its base; all weights train")
     elif lora is not None and lora.rank > 0:
         new_tokens = bool(grown or text.encoder.added_controls)
-        model = _add_lora(model, task, lora, text, train_embeddings=new_tokens, base=source.base)
+        model = add_lora(model, task, lora, text, train_embeddings=new_tokens, base=source.base)
     if task == "reward":
         if head_is_missing and not _adapter_holds_head(source):
             _start_head(model, source, fresh_head)
         _exact_head(model, source)
     inner = base_model(model)
+    if packing:
+        use_packed_attention(inner)
+    use_fast_lora(inner)
+    if faster := use_fast_layers(inner, device or current_device(), kernels):
+        notes.append(faster)
     align_model(text.tokens, inner)
+    if task == "causal" and inner.generation_config is not None:
+        rows = inner.get_input_embeddings().weight.shape[0]
+        stored = int(source.config.get("vocab_size") or rows)
+        if padding := forbid_padding_rows(inner.generation_config, text.vocabulary, rows, stored_rows=stored):
+            notes.append(padding)
     inner.config.use_cache = False
     if gradient_checkpointing:
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return LoadedModel(model, text, source, notes)
+    return LoadedModel(model, text, source, notes, quantize)
 
 
 def _load_base(
@@ -195,7 +224,11 @@ def _load_base(
     """The base, and whether its reward head was missing from the files."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust}
+    refuse_outside_paths(source.base)
+    # weights_only said aloud: an environment variable can turn torch's own default off, and a .bin may hold code.
+    options: dict[str, Any] = {"dtype": dtype, "weights_only": True}
+    # A layout that is kept has a class of ours in place of the code of its folder.
+    options |= code_options(source.base, trust and source.layout is None)
     if quantize != "none":
         options["quantization_config"] = _quantization(quantize, dtype)
         options["device_map"] = {"": device or torch.device("cpu")}
@@ -208,8 +241,9 @@ def _load_base(
         raise ModelError(f"loading {source.base} needs a package that is missing: {_first_line(error)}") from error
     except Exception as error:  # safetensors, torch and transformers each have their own kinds of "damaged"
         raise ModelError(
-            f"the weights of {source.base} do not load: {type(error).__name__}: {_first_line(error)}",
-            hint="see what is wrong with the folder: its index may name absent shards, or a file may be cut short",
+            f"the weights of {source.base} do not load: {type(error).__name__}: {why_unreadable(error)}",
+            hint="its index may name absent shards, or a file may be cut short; see what is wrong: "
+            f"rlhfkit doctor {source.base}",
         ) from error
     for module in model.modules():
         # On CPUs with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first pass in eval mode, and the repacked
@@ -222,7 +256,7 @@ def _load_base(
         raise ModelError(
             f"{source.base} lacks {len(names)} weights of a {type(model).__name__} (first: {names[0]}); "
             "they would be random",
-            hint="the folder is incomplete or of another model; restore it from the original",
+            hint=f"the folder is incomplete or of another model; see what is wrong: rlhfkit doctor {source.base}",
         )
     return model, any(k.startswith(HEAD_NAMES) for k in info["missing_keys"])
 
@@ -238,7 +272,12 @@ def _quantization(quantize: Quantize, dtype: torch.dtype) -> Any:
     )
 
 
-def _add_lora(model: Any, task: Task, lora: LoraConfig, text: TextSide, *, train_embeddings: bool, base: str) -> Any:
+def add_lora(model: Any, task: Task, lora: LoraConfig, text: TextSide, *, train_embeddings: bool, base: str) -> Any:
+    """Put new adapters on a model, which trains nothing else from now on.
+
+    Raises:
+        ConfigError: the model has no layers of the names asked for.
+    """
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model, prepare_model_for_kbit_training
 
@@ -271,9 +310,23 @@ def _add_lora(model: Any, task: Task, lora: LoraConfig, text: TextSide, *, train
     return _trainable_in_float32(get_peft_model(model, settings))
 
 
+def adapter_settings(model: Any, folder: str, task: Task) -> tuple[Any, list[str]]:
+    """Settings of an adapter folder for a model, and the heads that they gained: an SFT adapter becomes the start of a
+    reward adapter, which has a head to save.
+    """
+    from peft import PeftConfig
+
+    settings = PeftConfig.from_pretrained(folder)
+    heads: list[str] = []
+    if task == "reward" and settings.task_type != "SEQ_CLS":
+        settings.task_type = "SEQ_CLS"
+        heads = [name for name in HEAD_NAMES if hasattr(model, name)]
+        settings.modules_to_save = [*(settings.modules_to_save or []), *heads]
+    return settings, heads
+
+
 def _load_adapter(model: Any, source: ModelSource, task: Task, *, trainable: bool, lora: LoraConfig | None) -> Any:
     from peft import (
-        PeftConfig,
         PeftModel,
         get_peft_model,
         load_peft_weights,
@@ -285,14 +338,10 @@ def _load_adapter(model: Any, source: ModelSource, task: Task, *, trainable: boo
     if trainable and getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if task == "reward" and source.is_reward_model and not _adapter_holds_head(source):
-        raise _no_head(source)
+        raise no_head(source)
     try:
-        settings = PeftConfig.from_pretrained(folder)
-        if task == "reward" and settings.task_type != "SEQ_CLS":
-            # An SFT adapter becomes the start of a reward adapter, which has a head to save.
-            settings.task_type = "SEQ_CLS"
-            heads = [name for name in HEAD_NAMES if hasattr(model, name)]
-            settings.modules_to_save = [*(settings.modules_to_save or []), *heads]
+        settings, heads = adapter_settings(model, folder, task)
+        if heads:
             settings.inference_mode = not trainable
             model = get_peft_model(model, settings)
             started = {f"base_model.model.{name}.weight": getattr(base_model(model), name).weight for name in heads}
@@ -301,7 +350,7 @@ def _load_adapter(model: Any, source: ModelSource, task: Task, *, trainable: boo
             model = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
     except Exception as error:
         raise ModelError(
-            f"the adapter in {folder} does not fit its base: {type(error).__name__}: {_first_line(error)}"
+            f"the adapter in {folder} does not fit its base: {type(error).__name__}: {why_unreadable(error)}"
         ) from error
     if trainable and lora is not None:
         _refuse_other_lora(settings, lora, folder)
@@ -334,18 +383,25 @@ def _trainable_in_float32(model: Any) -> Any:
 
 
 def _adapter_holds_head(source: ModelSource) -> bool:
+    return source.adapter is not None and stored_head(source.adapter) is not None
+
+
+def stored_head(folder: str | Path) -> Tensor | None:
+    """The weight of the reward head in a folder's safetensors files, plain or adapter; None if there is none."""
     from safetensors import safe_open
 
-    path = Path(source.adapter or "") / "adapter_model.safetensors"
-    if source.adapter is None or not path.is_file():
-        return False
-    with safe_open(path, framework="pt") as weights:
-        return any(f".{name}." in key for key in weights.keys() for name in HEAD_NAMES)  # noqa: SIM118
+    names = [f"{name}.weight" for name in HEAD_NAMES]
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as weights:
+            for key in weights.keys():  # noqa: SIM118 -- the file's own list, not a mapping
+                if key.removeprefix("base_model.model.") in names:
+                    return weights.get_tensor(key)
+    return None
 
 
 def _start_head(model: Any, source: ModelSource, fresh_head: bool) -> None:
     if not fresh_head:
-        raise _no_head(source)
+        raise no_head(source)
     # Small and dependent on width, as in Stiennon et al. 2020: first scores are near 0, first losses near ln 2.
     for module in reward_head(model).modules():
         if isinstance(module, nn.Linear):
@@ -353,21 +409,33 @@ def _start_head(model: Any, source: ModelSource, fresh_head: bool) -> None:
 
 
 def _exact_head(model: Any, source: ModelSource) -> None:
-    """Hold the head in float32, as its file does: scores are compared, and bf16 keeps three digits of them."""
-    from safetensors import safe_open
+    """Hold the head in float32, as its file does: scores are compared, and bf16 keeps three digits of them.
 
-    head = reward_head(model).float()
-    if source.adapter is not None or not Path(source.base).is_dir():
-        return
-    for path in Path(source.base).glob("*.safetensors"):
-        with safe_open(path, framework="pt") as weights:
-            for name in HEAD_NAMES:
-                if f"{name}.weight" in weights.keys():  # noqa: SIM118 -- the file's own list, not a mapping
-                    with torch.no_grad():
-                        head.weight.copy_(weights.get_tensor(f"{name}.weight"))  # type: ignore[operator]
+    Raises:
+        ModelError: the head is not that of the file, or not of numbers.
+    """
+    head: Any = reward_head(model).float()
+    # With adapters peft holds the base's head and, beside it, the one that was trained.
+    active = head.modules_to_save[head.active_adapters[0]] if hasattr(head, "modules_to_save") else head
+    weight: Tensor = active.weight
+    stored = stored_head(source.adapter or source.base)
+    if stored is not None:
+        if stored.shape != weight.shape:
+            raise ModelError(
+                f"the reward head of {source.path} has the shape {tuple(stored.shape)}, its model needs "
+                f"{tuple(weight.shape)}",
+                hint="the folder mixes files of two models; restore it from the original",
+            )
+        with torch.no_grad():
+            weight.copy_(stored)
+    if not bool(weight.isfinite().all()):
+        raise ModelError(
+            f"the reward head of {source.path} holds values that are no numbers (NaN or infinite)",
+            hint=f"train it again: rlhfkit rm --model {source.base}",
+        )
 
 
-def _no_head(source: ModelSource) -> ModelError:
+def no_head(source: ModelSource) -> ModelError:
     return ModelError(
         f"{source.path} has no reward head (score.weight): its scores would be random",
         hint=f"train one with: rlhfkit rm --model {source.path}",
@@ -412,30 +480,6 @@ def disable_dropout(model: nn.Module) -> None:
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
             setattr(module, "attention_dropout", 0.0)  # noqa: B010 -- not declared by nn.Module
-
-
-def grow_vocabulary(model: Any, tokens: int) -> str:
-    """Give the embedding and the head at least ``tokens`` rows, a multiple of 64; never fewer than before.
-
-    New rows start as the mean of the old ones, so that a new token is an average one and the logits of the old ones
-    are not drowned (Hewitt 2021). Config and tied head stay in step.
-
-    Returns:
-        A sentence about the change, empty if there was none.
-    """
-    embedding = model.get_input_embeddings()
-    old = embedding.weight.shape[0]
-    if tokens <= old:
-        return ""
-    new = -(-tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    model.resize_token_embeddings(new, mean_resizing=False)
-    head = model.get_output_embeddings()
-    with torch.no_grad():
-        for layer in {id(m): m for m in (model.get_input_embeddings(), head) if m is not None}.values():
-            for values in (layer.weight, getattr(layer, "bias", None)):
-                if values is not None:
-                    values[old:] = values[:old].float().mean(dim=0).to(values.dtype)
-    return f"vocabulary grown from {old} to {new} rows for {tokens} tokens; new rows start as the mean of the old ones"
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:

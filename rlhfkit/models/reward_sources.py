@@ -1,11 +1,14 @@
-"""Where PPO's scores come from: a reward-model folder, or a Python function of one's own."""
+"""Where PPO's scores come from: reward-model folders, Python functions of one's own, and servers."""
 
 from __future__ import annotations
 
-import importlib.util
+import ast
 import inspect
 import math
 import sys
+import traceback
+import types
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +16,23 @@ from typing import Any, Protocol
 
 import torch
 
+from rlhfkit.chat.messages import last_user_text
+from rlhfkit.config.rewards import parse_reward, short_names
 from rlhfkit.data.records import PromptRecord
-from rlhfkit.data.sources import parse_source
 from rlhfkit.errors import RewardError
+from rlhfkit.models.folder import open_model
+from rlhfkit.models.load import LoadedModel
+from rlhfkit.models.reward_http import HttpReward, check_reachable
 from rlhfkit.models.scoring import RewardScorer
+
+SIGNATURE = "def reward(prompts, responses, **columns)"
+FRAMES_SHOWN = 6
 
 
 class RewardSource(Protocol):
-    """Gives one number to each answer."""
+    """Gives one number to each answer; `WeightedReward` sees to it that it did."""
 
-    def score(self, records: Sequence[PromptRecord], answers: Sequence[str]) -> list[float]: ...
+    def score(self, records: Sequence[PromptRecord], answers: Sequence[str]) -> Any: ...
 
 
 @dataclass
@@ -42,117 +52,217 @@ class FunctionReward:
     fields (of those, a function without ``**`` gets the ones it names).
 
     Raises:
-        RewardError: no such file or function.
+        RewardError: no such file or function, or a function that does not take these words.
     """
 
     def __init__(self, spec: str) -> None:
         path, _, name = spec.rpartition(":")
         self.spec = spec
-        self.function = _load_function(Path(path).expanduser(), name)
-        parameters = inspect.signature(self.function).parameters.values()
+        self._file = Path(path).expanduser()
+        self.function = _load_function(self._file, name)
+        parameters = list(inspect.signature(self.function).parameters.values())
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        self._named = {p.name for p in parameters} - {"prompts", "responses"}
+        named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        if any(p.kind is p.POSITIONAL_ONLY for p in parameters) or (
+            not self._takes_all and not {"prompts", "responses"} <= set(named)
+        ):
+            raise RewardError(
+                f"the reward {spec} takes {inspect.signature(self.function)}, and is called with prompts and responses "
+                "by name",
+                hint=f"write it as {SIGNATURE}",
+            )
+        self._named = set(named) - {"prompts", "responses"}
+        self._needed = {name for name in self._named if named[name].default is inspect.Parameter.empty}
 
-    def score(self, records: Sequence[PromptRecord], answers: Sequence[str]) -> list[float]:
+    def score(self, records: Sequence[PromptRecord], answers: Sequence[str]) -> Any:
         # A row's own "responses" is not what was sampled; the two names belong to us.
         names = sorted({name for record in records for name in record.columns} - {"prompts", "responses"})
+        listed = ", ".join(names) or "none"
+        if absent := sorted(self._needed - set(names)):
+            raise RewardError(
+                f"the reward {self.spec} needs the column {absent[0]}, which the rows do not have",
+                hint=f"their other fields: {listed}; give the parameter a default, or the rows the field",
+            )
         columns = {
             name: [record.columns.get(name) for record in records]
             for name in names
             if self._takes_all or name in self._named
         }
-        prompts = [record.prompt[-1].content for record in records]
+        prompts = [last_user_text(record.prompt) for record in records]
         try:
-            scores = self.function(prompts=prompts, responses=list(answers), **columns)
-        except Exception as error:
+            return self.function(prompts=prompts, responses=list(answers), **columns)
+        except (Exception, SystemExit) as error:
             raise RewardError(
-                f"the reward {self.spec} raised {type(error).__name__}: {error}",
+                f"the reward {self.spec} raised {type(error).__name__}: {error}{self._place(error)}",
                 hint=f"it was called with {len(prompts)} prompts and the columns {', '.join(columns) or '(none)'}",
             ) from error
-        return _checked(self.spec, scores, len(answers))
+
+    def _place(self, error: BaseException) -> str:
+        """Where it happened, from the first line of the user's own file on."""
+        frames = traceback.extract_tb(error.__traceback__)
+        own = next((i for i, f in enumerate(frames) if Path(f.filename) == self._file), len(frames))
+        shown = frames[own : own + FRAMES_SHOWN]
+        return "".join(f"\n  {f.filename}, line {f.lineno}, in {f.name}: {f.line}" for f in shown)
 
 
 def _load_function(path: Path, name: str) -> Callable[..., Any]:
-    if not path.is_file():
-        raise RewardError(f"no file {path} for the reward {path}:{name}", hint="write it as path/to/file.py:function")
-    name_of_module = f"rlhfkit_reward_{path.stem}_{abs(hash(path.resolve())):x}"
-    spec = importlib.util.spec_from_file_location(name_of_module, path)
-    if spec is None or spec.loader is None:
-        raise RewardError(f"{path} is no Python file", hint="write it as path/to/file.py:function")
-    module = importlib.util.module_from_spec(spec)
+    """Run the file, once and under a name of its own, and take the function out of it."""
+    source = read_reward_file(path, name)
+    name_of_module = f"rlhfkit_reward_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
+    module = types.ModuleType(name_of_module)
+    module.__file__ = str(path)
     sys.modules[name_of_module] = module  # dataclasses and pickle look their module up there
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
+        exec(source, vars(module))
+    except (Exception, SystemExit) as error:
         del sys.modules[name_of_module]
-        raise RewardError(f"{path} does not import: {type(error).__name__}: {error}") from error
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        where = f":{lines[-1]}" if lines else ""
+        raise RewardError(
+            f"{path}{where}: running the file raised {type(error).__name__}: {error}",
+            hint=f"files beside it are imported with: PYTHONPATH={path.parent}"
+            if isinstance(error, ModuleNotFoundError)
+            else "",
+        ) from error
     function = getattr(module, name, None)
     if not callable(function):
-        known = [
-            n for n, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module.__name__
-        ]
-        raise RewardError(f"{path} has no function '{name}'", hint=f"it has: {', '.join(known) or 'none'}")
+        raise RewardError(f"'{name}' in {path} is a {type(function).__name__}, not a function")
     return function
 
 
-def _checked(name: str, scores: Any, count: int) -> list[float]:
+def read_reward_file(path: Path, name: str) -> types.CodeType:
+    """The code of a file of reward functions, compiled and not run.
+
+    Raises:
+        RewardError: no such file, no Python in it, or nothing of that name.
+    """
+    if not path.is_file():
+        raise RewardError(f"no file {path} for the reward {path}:{name}", hint="write it as path/to/file.py:function")
     try:
-        values = [float(s) for s in scores]
-    except (TypeError, ValueError) as error:
-        raise RewardError(f"the reward {name} returned {type(scores).__name__}, not a list of numbers") from error
-    if len(values) != count:
-        raise RewardError(f"the reward {name} returned {len(values)} numbers for {count} answers")
-    if bad := [i for i, v in enumerate(values) if not math.isfinite(v)]:
-        raise RewardError(f"the reward {name} returned {values[bad[0]]} for answer {bad[0]} of {count}")
+        tree = ast.parse(path.read_bytes(), str(path))
+        code: types.CodeType = compile(tree, str(path), "exec", dont_inherit=True)
+    except (SyntaxError, ValueError) as error:
+        where = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
+        raise RewardError(f"{path}{where}: this is no Python: {error}") from error
+    known = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    starred = any(isinstance(node, ast.ImportFrom) and node.names[0].name == "*" for node in tree.body)
+    if name not in code.co_names and not starred:  # neither defined nor assigned nor imported
+        raise RewardError(f"{path} has no function '{name}'", hint=f"it has: {', '.join(known) or 'none'}")
+    return code
+
+
+def _checked(name: str, scores: Any, records: Sequence[PromptRecord]) -> list[float]:
+    """Scores of a source as floats, one for each record's answer."""
+    try:
+        listed = None if isinstance(scores, (str, bytes, dict)) else list(scores)
+    except TypeError:
+        listed = None
+    if listed is None:
+        raise RewardError(
+            f"the reward {name} returned {type(scores).__name__}, not a list of numbers",
+            hint="it has to return one number for each response, in their order",
+        )
+    if len(listed) != len(records):
+        raise RewardError(
+            f"the reward {name} returned {len(listed)} numbers for {len(records)} answers",
+            hint="it has to return one number for each response, in their order",
+        )
+    values = []
+    for i, (score, record) in enumerate(zip(listed, records, strict=True), start=1):
+        try:
+            value = math.nan if isinstance(score, str) else float(score)
+        except (TypeError, ValueError):
+            value = math.nan
+        if not math.isfinite(value):
+            raise RewardError(
+                f"the reward {name} returned {score!r} for answer {i} of {len(records)}, to the prompt of "
+                f"{record.where}",
+                hint="a score is a finite number",
+            )
+        values.append(value)
     return values
 
 
 @dataclass
 class WeightedReward:
-    """Several sources with weights; ``components`` of the last call are kept for the log."""
+    """Several sources with weights.
+
+    Args:
+        sources: name, weight, source.
+        names: shorter ones for the log, in the same order.
+    """
 
     sources: list[tuple[str, float, RewardSource]]
+    names: list[str]
 
     def score(
         self, records: Sequence[PromptRecord], answers: Sequence[str]
     ) -> tuple[list[float], dict[str, list[float]]]:
-        """Weighted sums, and each source's own scores by its name."""
+        """Weighted sums, and each source's own scores by its name for the log.
+
+        Raises:
+            RewardError: a source that failed, or gave something other than one finite number per answer.
+        """
         components: dict[str, list[float]] = {}
         totals = [0.0] * len(answers)
-        for name, weight, source in self.sources:
-            components[name] = _checked(name, source.score(records, answers), len(answers))
-            totals = [t + weight * s for t, s in zip(totals, components[name], strict=True)]
+        for short, (name, weight, source) in zip(self.names, self.sources, strict=True):
+            components[short] = _checked(name, source.score(records, answers), records)
+            totals = [t + weight * s for t, s in zip(totals, components[short], strict=True)]
         return totals, components
 
 
-def is_function(spec: str) -> bool:
-    """Whether a reward spec (its weight may still be on it) names ``file.py:function``."""
-    path, _, function = spec.partition("=")[0].rpartition(":")
-    return path.endswith(".py") and function.isidentifier()
+def check_rewards(specs: Sequence[str], timeout: float) -> None:
+    """Find out before any model is loaded whether the sources are there. No user's code is run.
+
+    Raises:
+        RewardError, ModelError: one is not.
+    """
+    for spec in map(parse_reward, specs):
+        if spec.kind == "url":
+            check_reachable(spec, timeout)
+        elif spec.kind == "function":
+            path, _, name = spec.name.rpartition(":")
+            read_reward_file(Path(path).expanduser(), name)
+        else:
+            open_model(spec.name)
 
 
 def open_rewards(
-    specs: Sequence[str], *, device: torch.device, dtype: torch.dtype, micro_batch_tokens: int, trust_remote_code: bool
+    specs: Sequence[str],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    micro_batch_tokens: int,
+    trust_remote_code: bool,
+    timeout: float,
+    retries: int,
+    policy: LoadedModel | None = None,
 ) -> WeightedReward:
     """Reward sources from their specs, each optionally ``=weight``.
+
+    A reward model that is an adapter on the base of a LoRA ``policy`` is put there, and no second base is loaded.
 
     Raises:
         RewardError, ModelError: a source that is not there or cannot score.
     """
+    parsed = [parse_reward(spec) for spec in specs]
     sources: list[tuple[str, float, RewardSource]] = []
-    for spec in specs:
-        parsed = parse_source(spec)
+    for spec in parsed:
         source: RewardSource
-        if is_function(parsed.name):
-            source = FunctionReward(parsed.name)
+        if spec.kind == "function":
+            source = FunctionReward(spec.name)
+        elif spec.kind == "url":
+            source = HttpReward(spec, timeout=timeout, retries=retries)
         else:
-            scorer = RewardScorer(
-                parsed.name,
-                device=device,
-                dtype=dtype,
-                micro_batch_tokens=micro_batch_tokens,
-                trust_remote_code=trust_remote_code,
+            source = ModelReward(
+                RewardScorer(
+                    spec.name,
+                    device=device,
+                    dtype=dtype,
+                    micro_batch_tokens=micro_batch_tokens,
+                    trust_remote_code=trust_remote_code,
+                    policy=policy,
+                )
             )
-            source = ModelReward(scorer)
-        sources.append((parsed.name, parsed.weight, source))
-    return WeightedReward(sources)
+        sources.append((spec.label, spec.weight, source))
+    return WeightedReward(sources, short_names(parsed))

@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhfkit.chat.messages import Message
 from rlhfkit.config.blocks import Quantize
-from rlhfkit.data.batch import split_by_tokens
-from rlhfkit.models.folder import open_model
-from rlhfkit.models.load import LoadedModel, load_model, load_text_side
-from rlhfkit.models.wrappers import RewardModel
+from rlhfkit.data.packing import Packed, Tree, group_by_tokens, join, pack, part_ends
+from rlhfkit.data.tokenize import fit_answers
+from rlhfkit.errors import ConfigError, ModelError
+from rlhfkit.models.adapters import REWARD, add_frozen_adapter, fits_on
+from rlhfkit.models.folder import RECORD, ModelSource, open_model
+from rlhfkit.models.load import LoadedModel, load_model, load_text_side, no_head, stored_head
+from rlhfkit.models.wrappers import AdapterRewardModel, RewardModel
+
+POOLING = "last_token"  # where a score is read; written into the record of a reward model
 
 
 class ScoreBatch(NamedTuple):
-    """Right-padded whole conversations."""
+    """Whole conversations and where each ends in the line."""
 
-    input_ids: Tensor  # [B, T]
-    attention_mask: Tensor  # [B, T]
+    tokens: Packed
+    last: Tensor  # [A]
 
 
-def pad_rows(rows: Sequence[NDArray[np.int32]], pad_id: int, device: torch.device) -> ScoreBatch:
-    """Rows of ids as a batch; ``pad_id`` only fills."""
-    longest = max(len(row) for row in rows)
-    ids = np.full((len(rows), longest), pad_id, dtype=np.int64)
-    mask = np.zeros((len(rows), longest), dtype=np.int64)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row
-        mask[i, : len(row)] = 1
-    return ScoreBatch(torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device))
+def collate_conversations(trees: Sequence[Tree], device: torch.device) -> ScoreBatch:
+    """One score for each branch, or for the trunk where there is none."""
+    last = [end - 1 for trunk_end, ends in part_ends(trees) for end in ends or [trunk_end]]
+    return ScoreBatch(pack(trees).to(device), torch.tensor(last, device=device))
 
 
 class RewardScorer:
@@ -45,11 +45,13 @@ class RewardScorer:
         path: folder or hub id of a reward model, full or LoRA.
         device: where it computes.
         dtype: number format of its weights and computation.
-        quantize: storage of its base.
+        quantize: storage of its base; ``auto`` is as it was trained: an adapter fits the base it was trained on.
+        max_length: longest row in tokens; 0 is what it was trained with.
         micro_batch_tokens: most tokens in one pass.
+        policy: a LoRA policy, whose base the reward model uses if it is an adapter on the same one, stored alike.
 
     Raises:
-        ModelError: no reward head in there; see also `load_model`.
+        ModelError: no reward head in there, or a score that is read elsewhere than we do; see also `load_model`.
     """
 
     def __init__(
@@ -58,43 +60,93 @@ class RewardScorer:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        quantize: Quantize = "none",
+        quantize: Quantize | Literal["auto"] = "auto",
+        max_length: int = 0,
         micro_batch_tokens: int = 4096,
         trust_remote_code: bool = False,
+        policy: LoadedModel | None = None,
     ) -> None:
         source = open_model(path)
+        if (pooling := source.record.get("pooling", POOLING)) != POOLING:
+            raise ModelError(
+                f"{path}/{RECORD} says that its score is pooled by '{pooling}'; this version knows '{POOLING}' alone",
+                hint="score it with the version that trained it: " + str(source.record.get("rlhfkit", "unknown")),
+            )
+        self.quantize: Quantize = source.record.get("quantize", "none") if quantize == "auto" else quantize
+        self.source = source
         self.text = load_text_side(source, trust_remote_code=trust_remote_code)
-        self.loaded: LoadedModel = load_model(
-            source, self.text, "reward", lora=None, dtype=dtype, quantize=quantize, device=device,
-            trust_remote_code=trust_remote_code,
-        )  # fmt: skip
-        self.module = RewardModel(self.loaded.model).eval()
-        if quantize == "none":
-            self.module.to(device)
+        # An adapter makes up for the rounding of the base it was trained on: on another storage it scores otherwise.
+        same_base = policy is not None and fits_on(policy, source)
+        self.shared = policy is not None and same_base and policy.quantize == self.quantize
+        self.other_storage = same_base and not self.shared
+        if policy is not None and self.shared:
+            self.loaded = policy
+            self.module: nn.Module = _on_base_of(policy, source, device)
+        else:
+            self.loaded = load_model(
+                source, self.text, "reward", lora=None, dtype=dtype, quantize=self.quantize, device=device,
+                trust_remote_code=trust_remote_code,
+            )  # fmt: skip
+            self.module = RewardModel(self.loaded.model).eval()
+            if self.quantize == "none":
+                self.module.to(device)
         self.device = device
         self.autocast = None if dtype == torch.float32 else dtype
-        self.max_length = int(source.record.get("max_length") or source.config.get("max_position_embeddings") or 4096)
+        positions = source.positions
+        if positions and max_length > positions:
+            raise ConfigError(
+                f"max_length: {max_length} is more than the {positions} positions of {path}",
+                hint=f"give --max-length {positions} or less",
+            )
+        self.max_length = max_length or int(source.record.get("max_length") or positions or 4096)
         self.micro_batch_tokens = micro_batch_tokens
 
     def encode(self, prompt: Sequence[Message], answer: str) -> NDArray[np.int32]:
-        """Ids of a conversation, its beginning cut off where it is too long."""
+        """Ids of a conversation, cut as `fit_answers` says for an answer that is compared with no other."""
         prompt_ids, answer_ids = self.text.encoder.encode_pair(prompt, answer)
-        answer_ids = answer_ids[: self.max_length - 1]
-        prompt_ids = prompt_ids[max(0, len(prompt_ids) + len(answer_ids) - self.max_length) :]
-        return np.asarray([*prompt_ids, *answer_ids], dtype=np.int32)
+        prompt_kept, (answer_kept,) = fit_answers(prompt_ids, [answer_ids], self.max_length)
+        return np.asarray([*prompt_kept, *answer_kept], dtype=np.int32)
 
     def score(self, prompts: Sequence[Sequence[Message]], answers: Sequence[str]) -> list[float]:
-        """One score per answer, in their order; neither order nor batching changes it beyond rounding."""
+        """One score per answer, in their order."""
         return self.score_rows([self.encode(p, a) for p, a in zip(prompts, answers, strict=True)])
 
     @torch.no_grad()
-    def score_rows(self, rows: Sequence[NDArray[np.int32]]) -> list[float]:
-        """Scores of conversations that are ids already."""
+    def score_rows(self, rows: Sequence[NDArray[np.int32]], tick: Callable[[], None] = lambda: None) -> list[float]:
+        """Scores of conversations that are ids already.
+
+        Neither the order of the rows nor their repetition changes a bit of a score; which other rows there are, and
+        ``micro_batch_tokens``, change its rounding.
+
+        Args:
+            rows: token ids.
+            tick: called once for each row when it has its score.
+        """
+        # Equal rows are computed once, and what shares a pass depends on the rows alone, not on their order.
+        places: dict[bytes, list[int]] = {}
+        for i, row in enumerate(rows):
+            places.setdefault(row.tobytes(), []).append(i)
+        same = [places[key] for key in sorted(places)]
         scores = [0.0] * len(rows)
-        for group in split_by_tokens([len(row) for row in rows], self.micro_batch_tokens):
-            batch = pad_rows([rows[i] for i in group], self.text.tokens.pad_id, self.device)
+        for group in group_by_tokens([(len(rows[i[0]]), 1, len(rows[i[0]])) for i in same], self.micro_batch_tokens):
+            batch = collate_conversations([join([rows[same[g][0]] for g in group])], self.device)
             with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
                 found = self.module(*batch).tolist()
-            for i, score in zip(group, found, strict=True):
-                scores[i] = score
+            for g, score in zip(group, found, strict=True):
+                for i in same[g]:
+                    scores[i] = score
+                    tick()
         return scores
+
+
+def _on_base_of(policy: LoadedModel, source: ModelSource, device: torch.device) -> AdapterRewardModel:
+    """A reward model's adapter beside the policy's."""
+    weight = stored_head(source.adapter) if source.adapter is not None else None
+    if source.adapter is None or weight is None:
+        raise no_head(source)
+    name = next(name for i in range(99) if (name := f"{REWARD}_{i}" if i else REWARD) not in policy.model.peft_config)
+    add_frozen_adapter(policy.model, source.adapter, name)
+    head = nn.Linear(weight.shape[1], 1, bias=False, device=device)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+    return AdapterRewardModel(policy.model, name, head.requires_grad_(False))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 _WEIGHTS = (
     "*.safetensors",
@@ -48,3 +50,17 @@ def reason_to_copy(name: str) -> str | None:
 def is_vocabulary(name: str) -> bool:
     """Whether a file holds (part of) a tokenizer's vocabulary."""
     return any(fnmatchcase(name.lower(), pattern) for pattern in VOCABULARY)
+
+
+def imported_files(path: Path) -> set[str]:
+    """Files that a code file imports from its own folder, by reading its text; ``__init__.py`` where it imports the
+    folder itself (``from . import name``)."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError):
+        return set()
+    modules: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            modules |= {node.module} if node.module else {"__init__", *(alias.name for alias in node.names)}
+    return {f"{module.split('.')[0]}.py" for module in modules}

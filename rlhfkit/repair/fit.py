@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from rlhfkit.errors import RepairRefusedError
@@ -31,7 +32,7 @@ _RECOMPUTED = (
     ".attn.causal_mask",
 )
 # Wrappers that were still around the model when its state dict was saved.
-_WRAPPERS = {
+WRAPPERS = {
     "module.": "DistributedDataParallel",
     "_orig_mod.": "torch.compile",
     "_forward_module.": "DeepSpeed or Fabric",
@@ -39,17 +40,24 @@ _WRAPPERS = {
     "pretrained_model.": "a value-head wrapper",
 }
 # Modules that score a text instead of continuing it.
-_SCORING_HEADS = frozenset({"score", "classifier", "v_head", "value_head", "reward_head"})
+SCORING_HEADS = frozenset({"score", "classifier", "v_head", "value_head", "reward_head"})
 # Padding and a few new special tokens move the row count by hundreds; two vocabularies differ by tens of thousands.
 _FAR_APART = 4096
 
 
-def refuse_unless_fitting(src: Folder, dst: Folder) -> None:
+def refuse_unless_fitting(src: Folder, dst: Folder, *, one_folder: bool = False) -> None:
     """Raise the first reason for which DST cannot be repaired from SRC.
+
+    Args:
+        src: the original.
+        dst: the folder to repair.
+        one_folder: whether both may be the same folder: its weights can be rewritten without an original.
 
     Raises:
         RepairRefusedError: with what was found in which file, and what to do instead.
     """
+    if not one_folder:
+        _refuse_same_folder(src, dst)
     for check in _CHECKS:
         check(src, dst)
 
@@ -76,10 +84,15 @@ def source_tensors(src: Folder) -> tuple[Mapping[str, TensorInfo | None], str]:
         return {}, f"tensor names were not compared with SRC: {error.message}"
 
 
+def is_recomputed(name: str) -> bool:
+    """Whether a tensor is a table that model code computes anew."""
+    return name.endswith(_RECOMPUTED)
+
+
 def stray_tensors(src_names: Iterable[str], dst_names: Iterable[str], *, tied: bool) -> tuple[list[str], list[str]]:
     """Tensors of SRC that DST lacks, and tensors of DST that SRC lacks; recomputed tables and a tied head aside."""
     src_set, dst_set = set(src_names), set(dst_names)
-    ignored = {name for name in src_set | dst_set if name.endswith(_RECOMPUTED)}
+    ignored = {name for name in src_set | dst_set if is_recomputed(name)}
     if tied:
         ignored |= {name for name in (head_name(dict.fromkeys(src_set)), head_name(dict.fromkeys(dst_set))) if name}
     return sorted(src_set - dst_set - ignored), sorted(dst_set - src_set - ignored)
@@ -95,7 +108,8 @@ def _refuse_same_folder(src: Folder, dst: Folder) -> None:
     if src.path.samefile(dst.path):
         raise RepairRefusedError(
             f"SRC and DST are the same folder: {dst.path}",
-            hint="SRC is the original model folder, DST the one that training saved",
+            hint="SRC is the original model folder, DST the one that training saved; --safetensors and --pad-vocab "
+            "alone need no original",
         )
 
 
@@ -107,7 +121,8 @@ def _refuse_adapter(src: Folder, dst: Folder) -> None:
             raise RepairRefusedError(
                 f"{folder.role} is a LoRA adapter folder, not a model: {folder.path} holds {found[0]} "
                 f"(trained on {base})",
-                hint=f"it needs no repair: rlhfkit generate --model {folder.path} loads it with its base",
+                hint=f"it needs no repair: rlhfkit generate --model {folder.path} loads it with its base, and "
+                f"rlhfkit merge {folder.path} DST makes a model of both",
             )
 
 
@@ -120,6 +135,12 @@ def _refuse_unreadable_source(src: Folder, dst: Folder) -> None:
         )
     for name in sorted(src.files):
         needed = reason_to_copy(name) and (name not in dst.files or dst.is_broken(name))
+        if needed and _leads_away(src.path / name):
+            raise RepairRefusedError(
+                f"{src.path / name} is a link to {(src.path / name).resolve()}, outside of SRC: that file would be "
+                "copied into a model folder, and published with it",
+                hint="put the file itself into SRC if it belongs there",
+            )
         if needed and src.is_lfs_pointer(name):
             raise RepairRefusedError(
                 f"{src.path / name} is a Git LFS pointer, not the file itself", hint=f"run: git -C {src.path} lfs pull"
@@ -127,6 +148,13 @@ def _refuse_unreadable_source(src: Folder, dst: Folder) -> None:
     for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
         if src.is_broken(name):
             raise RepairRefusedError(f"{src.path / name} does not hold a JSON object", hint="download SRC again")
+
+
+def _leads_away(path: Path) -> bool:
+    """Whether a link leaves its folder. A snapshot in the hub's cache is made of links to the blobs beside it."""
+    target, folder = path.resolve(), path.parent.resolve()
+    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+    return path.is_symlink() and not (target.is_relative_to(folder) or target.is_relative_to(blobs))
 
 
 def _refuse_other_family(src: Folder, dst: Folder) -> None:
@@ -155,6 +183,8 @@ def _refuse_other_code(src: Folder, dst: Folder) -> None:
 
 
 def _refuse_missing_code(src: Folder, dst: Folder) -> None:
+    if src.path.resolve() == dst.path.resolve():
+        return  # no original to take it from, and neither rows nor formats need it
     for name in ("config.json", "tokenizer_config.json"):
         absent = sorted(code_files((src.json(name) or {}).get("auto_map")) - src.files - dst.files)
         if absent:
@@ -181,7 +211,7 @@ def _refuse_adapter_tensors(src: Folder, dst: Folder) -> None:
     if lora:
         raise RepairRefusedError(
             f"{dst.path} holds LoRA matrices that were never merged ({lora})",
-            hint="merge them with peft (merge_and_unload), save the result, and repair that folder",
+            hint="save the adapter alone with save_pretrained, and merge it: rlhfkit merge ADAPTER DST",
         )
     hollow = next((name for name, tensor in dst.weights.tensors.items() if 0 in tensor.shape), None)
     if hollow:
@@ -194,19 +224,19 @@ def _refuse_adapter_tensors(src: Folder, dst: Folder) -> None:
 
 def _refuse_wrapped_names(src: Folder, dst: Folder) -> None:
     names, reference = dst.weights.tensors, source_tensors(src)[0]
-    for prefix, wrapper in _WRAPPERS.items():
+    for prefix, wrapper in WRAPPERS.items():
         if all(name.startswith(prefix) for name in names) and not any(name.startswith(prefix) for name in reference):
             raise RepairRefusedError(
                 f"every tensor name in {dst.path} starts with '{prefix}': the weights were saved with {wrapper} around "
                 "the model, and no loader finds them",
-                hint="save the inner model again; weight files are never rewritten here",
+                hint="save the inner model again; names of tensors are never changed here",
             )
 
 
 def _refuse_scoring_head(src: Folder, dst: Folder) -> None:
     """With SRC's architectures a reward model would load as a language model and lose its head."""
     reference = source_tensors(src)[0]
-    head = next((name for name in dst.weights.tensors if name.split(".")[0] in _SCORING_HEADS), None)
+    head = next((name for name in dst.weights.tensors if name.split(".")[0] in SCORING_HEADS), None)
     if head and head not in reference:
         raise RepairRefusedError(
             f"{dst.path} holds a reward or classification model ({head}), SRC a language model",
@@ -287,7 +317,6 @@ def _some(word: str, names: list[str], shown: int = 3) -> str:
 
 
 _CHECKS: tuple[Callable[[Folder, Folder], None], ...] = (
-    _refuse_same_folder,
     _refuse_adapter,
     _refuse_unreadable_source,
     _refuse_other_family,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import pickle
 import re
-import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhfkit.errors import RepairRefusedError
+from rlhfkit.repair.tensors import TensorInfo, is_lfs_pointer, read_tensors
 
 # Loaders try these in this order: one safetensors file, safetensors shards, one .bin file, .bin shards.
 KINDS = ("safetensors", "bin")
@@ -23,16 +22,6 @@ _SHARD = {
     "safetensors": re.compile(r"model-(\d+)-of-(\d+)\.safetensors"),
     "bin": re.compile(r"pytorch_model-(\d+)-of-(\d+)\.bin"),
 }
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """What the header of a weight file says of one tensor."""
-
-    shape: tuple[int, ...]
-    nbytes: int
-    file: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +45,11 @@ class WeightSet:
     def total_size(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def index_content(self) -> dict[str, Any]:
+        """What the index file of these weights holds."""
+        return {"metadata": {"total_size": self.total_size}, "weight_map": self.weight_map}
 
 
 class Folder:
@@ -96,6 +90,12 @@ class Folder:
             return None
         return value if isinstance(value, dict) else None
 
+    def with_weights(self, weights: WeightSet) -> Folder:
+        """The same folder, as rules see it once its weights are these."""
+        other = Folder(self.path, self.role)
+        other.__dict__["weights"] = weights  # where cached_property keeps it
+        return other
+
     def is_broken(self, name: str) -> bool:
         """Whether a file is there but of no use: empty, a Git LFS pointer, or JSON that does not parse."""
         if name not in self.files:
@@ -106,14 +106,18 @@ class Folder:
 
     def is_lfs_pointer(self, name: str) -> bool:
         """Whether a clone without Git LFS left a text of three lines in place of the file."""
-        with (self.path / name).open("rb") as file:
-            return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+        return is_lfs_pointer(self.path / name)
 
     def index_map(self, name: str) -> dict[str, str] | None:
-        """Tensor name -> file, as an index file says; None when it is absent or damaged."""
+        """Tensor name -> file, as an index file says; None when it is absent or damaged.
+
+        Raises:
+            RepairRefusedError: it names a file outside the folder.
+        """
         mapping = (self.json(name) or {}).get("weight_map")
         if not isinstance(mapping, dict) or not all(isinstance(file, str) for file in mapping.values()):
             return None
+        refuse_paths(self.path / name, mapping.values())
         return mapping
 
     def index_is_stale(self, name: str) -> bool:
@@ -131,7 +135,7 @@ class Folder:
         kind, files, index = self._choose_weight_files()
         tensors: dict[str, TensorInfo] = {}
         for file in files:
-            found = _read_safetensors(self, file) if kind == "safetensors" else _read_bin(self, file)
+            found = read_tensors(self.path / file)
             twice = sorted(tensors.keys() & found.keys())
             if twice:
                 raise RepairRefusedError(
@@ -200,55 +204,34 @@ class Folder:
         )
 
 
-def _read_safetensors(folder: Folder, name: str) -> dict[str, TensorInfo]:
-    """The header: eight bytes of length, then JSON. The end of the last tensor must be the end of the file."""
-    path = folder.path / name
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > size - 8:
-            raise _damaged(
-                path, _pointer_or(folder, name, f"its header should have {length} bytes, the file has {size}")
+def refuse_paths(index: Path, files: Iterable[str]) -> None:
+    """An index names files beside it. A path that leads elsewhere is a mistake, or an attempt to have it read."""
+    for file in files:
+        if not file or "/" in file or "\\" in file or file in (".", ".."):
+            raise RepairRefusedError(
+                f"{index} names {file!r}, which is no file of its own folder",
+                hint="download the model again from a source you trust",
             )
-        try:
-            header = json.loads(file.read(length))
-            tensors = {
-                key: TensorInfo(tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0], name)
-                for key, entry in header.items()
-                if key != "__metadata__"
-            }
-            end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-            raise _damaged(path, "its header is not that of a safetensors file") from error
-    if 8 + length + end != size:
-        raise _damaged(path, f"its header announces {8 + length + end} bytes, the file has {size}")
-    return tensors
 
 
-def _read_bin(folder: Folder, name: str) -> dict[str, TensorInfo]:
-    """A pickled state dict on the meta device: the file is mapped, its tensors stay on disk, no code in it runs."""
-    import torch
-
-    path = folder.path / name
-    if folder.is_lfs_pointer(name):
-        raise _damaged(path, "it is a Git LFS pointer, not the file itself")
-    # Files older than torch 1.6 are no zip archives and cannot be mapped; on the meta device they stay cheap.
-    try:
-        state = torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise _damaged(path, f"torch cannot read it as plain weights ({reason})") from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise _damaged(path, "it is not a plain state dict of names and tensors")
-    return {key: TensorInfo(tuple(t.shape), t.numel() * t.element_size(), name) for key, t in state.items()}
-
-
-def _pointer_or(folder: Folder, name: str, reason: str) -> str:
-    return "it is a Git LFS pointer, not the file itself" if folder.is_lfs_pointer(name) else reason
-
-
-def _damaged(path: Path, reason: str) -> RepairRefusedError:
-    return RepairRefusedError(f"{path} cannot be used: {reason}", hint="save or copy the weights again")
+def highest_token(folder: Folder) -> tuple[int, str]:
+    """The highest id in a folder's tokenizer files and its token, as far as JSON files say; (-1, "") without any."""
+    fast, settings = folder.json("tokenizer.json") or {}, folder.json("tokenizer_config.json") or {}
+    found: list[tuple[Any, Any]] = [(-1, "")]
+    model = fast.get("model")
+    vocabularies = [model.get("vocab") if isinstance(model, dict) else None]
+    vocabularies += [folder.json("vocab.json"), folder.json("added_tokens.json")]
+    for vocabulary in vocabularies:
+        if isinstance(vocabulary, dict):
+            found += [(index, token) for token, index in vocabulary.items()]
+        elif isinstance(vocabulary, list):  # unigram: pieces with their scores
+            found.append((len(vocabulary) - 1, vocabulary[-1][0] if vocabulary and vocabulary[-1] else ""))
+    for token in fast.get("added_tokens") or []:
+        if isinstance(token, dict):
+            found.append((token.get("id"), token.get("content")))
+    for index, token in (settings.get("added_tokens_decoder") or {}).items():
+        found.append((int(index) if index.isdigit() else None, token.get("content") if isinstance(token, dict) else ""))
+    return max((index, str(token)) for index, token in found if isinstance(index, int))
 
 
 def layer_count(names: Iterable[str]) -> int:

@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rlhfkit.repair.auto_map import owners, restored
-from rlhfkit.repair.files import is_vocabulary, reason_to_copy
+from rlhfkit.repair.files import imported_files, is_vocabulary, reason_to_copy
 from rlhfkit.repair.fit import SIZE_KEYS, refuse_unless_fitting, size_of, source_tensors
 from rlhfkit.repair.folder import INDEX_FILE, KINDS, SINGLE_FILE, Folder, embedding_name
-from rlhfkit.repair.plan import Action, CopyFile, EditJson, Plan, RemoveFile, WriteJson
+from rlhfkit.repair.plan import Action, CopyFile, EditJson, Plan, RemoveFile, WriteJson, WriteText
+from rlhfkit.repair.weights import WeightWork, plan_weights
 
 Rule = Callable[[Folder, Folder], list[Action]]
 
@@ -27,15 +28,25 @@ FAST_TOKENIZER = "tokenizer.json"
 _TEMPLATE_FILES = frozenset({"chat_template.jinja", "chat_template.json"})
 
 
-def plan_repair(src: Folder, dst: Folder) -> Plan:
+def plan_repair(src: Folder, dst: Folder, work: WeightWork | None = None) -> Plan:
     """Everything that is to be done to DST.
 
+    Args:
+        src: the original model folder; with ``work`` it may be DST itself.
+        dst: the folder to repair.
+        work: what is to be done to weight files; nothing if not given.
+
     Raises:
-        RepairRefusedError: the folders do not belong together, or DST's weights cannot be read.
+        RepairRefusedError: the folders do not belong together, or DST's weights cannot be read or rewritten.
     """
-    refuse_unless_fitting(src, dst)
-    actions = [action for rule in RULES for action in rule(src, dst)]
-    return Plan(dst.path, tuple(actions), tuple(_notes(src, dst)))
+    refuse_unless_fitting(src, dst, one_folder=bool(work))
+    actions: list[Action] = []
+    notes = _notes(src, dst)
+    if work:
+        weights, actions, remarks = plan_weights(src, dst, work)
+        dst, notes = dst.with_weights(weights), notes + remarks
+    actions += [action for rule in RULES for action in rule(src, dst)]
+    return Plan(dst.path, tuple(actions), tuple(notes))
 
 
 def same_bytes(src: Folder, dst: Folder, name: str) -> bool:
@@ -106,6 +117,18 @@ def missing_files(src: Folder, dst: Folder) -> list[Action]:
             what = "replaced by SRC's: the file is empty or damaged" if broken else "copied from SRC"
             actions.append(Action(name, what, why, CopyFile(src.path / name)))
     return actions
+
+
+def package_marker(src: Folder, dst: Folder) -> list[Action]:
+    """``from . import name`` reads the folder as a package; SRC's own ``__init__.py`` came with the missing files."""
+    if "__init__.py" in src.files | dst.files:
+        return []
+    for name in sorted(name for name in src.files | dst.files if name.endswith(".py")):
+        folder = dst if name in dst.files else src
+        if "__init__.py" in imported_files(folder.path / name):
+            why = f"{name} imports from its own folder, which must be a package for that"
+            return [Action("__init__.py", "created, empty", why, WriteText(""))]
+    return []
 
 
 def _would_shadow(src: Folder, dst: Folder, name: str) -> bool:
@@ -321,11 +344,11 @@ _CHOICES = frozenset(
 )  # fmt: skip
 _BOOKKEEPING = frozenset({"_from_model_config", "transformers_version", "_commit_hash"})
 # Value at which each setting has no effect.
-_SAMPLING_OFF = {
+SAMPLING_OFF = {
     "temperature": 1.0, "top_p": 1.0, "typical_p": 1.0, "top_k": 50, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
     "min_p": None, "top_h": None,
 }  # fmt: skip
-_BEAMS_OFF = {"length_penalty": 1.0, "early_stopping": False}
+BEAMS_OFF = {"length_penalty": 1.0, "early_stopping": False}
 
 
 def generation_config(src: Folder, dst: Folder) -> list[Action]:
@@ -368,12 +391,12 @@ def _valid_generation(current: Mapping[str, Any], base: Mapping[str, Any]) -> li
     """Settings that transformers refuses to save once anything has touched them."""
     why = "transformers refuses to save the model with such values"
     actions = []
-    idle = [k for k, off in _SAMPLING_OFF.items() if current.get(k) is not None and current[k] != off]
+    idle = [k for k, off in SAMPLING_OFF.items() if current.get(k) is not None and current[k] != off]
     if idle and current.get("do_sample") is None:
         actions += _edit(GENERATION_CONFIG, base, {"do_sample": True}, f"{', '.join(idle)} without do_sample: {why}")
     elif idle and current["do_sample"] is not True:
         actions.append(_dropped(idle, f"do_sample is false: {why}"))
-    beams = [k for k, off in _BEAMS_OFF.items() if current.get(k) is not None and current[k] != off]
+    beams = [k for k, off in BEAMS_OFF.items() if current.get(k) is not None and current[k] != off]
     if beams and current.get("num_beams") in (None, 1):
         actions.append(_dropped(beams, f"no beam search: {why}"))
     pad = current.get("pad_token_id")
@@ -396,11 +419,12 @@ def weight_index(src: Folder, dst: Folder) -> list[Action]:
         name = INDEX_FILE[kind]
         if name == weights.index:
             if dst.index_map(name) != weights.weight_map:
-                content = {"metadata": {"total_size": weights.total_size}, "weight_map": weights.weight_map}
                 stale = (
                     "it does not say where the tensors are" if name in dst.files else "loaders find no shard without it"
                 )
-                actions.append(Action(name, f"written from {len(weights.files)} shards", stale, WriteJson(content)))
+                actions.append(
+                    Action(name, f"written from {len(weights.files)} shards", stale, WriteJson(weights.index_content))
+                )
         elif dst.index_is_stale(name):
             actions.append(Action(name, "removed", "it names weight files that are absent", RemoveFile()))
     return actions
@@ -421,6 +445,7 @@ def _notes(src: Folder, dst: Folder) -> list[str]:
 
 RULES: tuple[Rule, ...] = (
     missing_files,
+    package_marker,
     config_missing,
     config_auto_map,
     config_identity,

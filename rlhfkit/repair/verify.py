@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from rlhfkit.repair.auto_map import code_files
-from rlhfkit.repair.files import is_vocabulary
+from rlhfkit.repair.files import imported_files, is_vocabulary
 from rlhfkit.repair.fit import is_tied, source_tensors, stray_tensors
-from rlhfkit.repair.folder import INDEX_FILE, KINDS, Folder, embedding_name, head_name
+from rlhfkit.repair.folder import INDEX_FILE, KINDS, Folder, embedding_name, head_name, highest_token
 from rlhfkit.repair.rules import (
     CONFIG,
     FAST_TOKENIZER,
@@ -21,6 +20,7 @@ from rlhfkit.repair.rules import (
     plan_repair,
     same_bytes,
 )
+from rlhfkit.repair.weights import WeightWork
 
 # Scripts, digits, white space and code: what tokenizers disagree on.
 PROBE = "Hello, 世界! 1 + 12 = 13\n\tdef f(x):  return x  # naïve"
@@ -35,22 +35,24 @@ class Check:
     detail: str
 
 
-def verify(src: Folder, dst: Folder) -> tuple[Check, ...]:
+def verify(src: Folder, dst: Folder, work: WeightWork | None = None) -> tuple[Check, ...]:
     """All checks of a folder that should be whole by now.
 
     Args:
         src: the original model folder.
         dst: the repaired one, read anew after the repair.
+        work: what was asked to be done to its weights.
     """
     return (
         _json_files(src, dst),
+        _config_loads(dst),
         _vocabulary(dst),
         _tensors(src, dst),
         _indexes(dst),
         _code(src, dst),
         _tokenizer_files(src, dst),
         _probe_ids(src, dst),
-        _nothing_left(src, dst),
+        _nothing_left(src, dst, work),
     )
 
 
@@ -75,21 +77,11 @@ def _vocabulary(dst: Folder) -> Check:
     stated = (dst.json(CONFIG) or {}).get("vocab_size")
     if stated != rows or (head and tensors[head].shape[0] != rows):
         return Check("vocabulary", "failed", f"config.json says {stated}, the embedding has {rows} rows")
-    highest, token = _highest_added(dst)
+    highest, token = highest_token(dst)
     if highest >= rows:
-        detail = f"the added token {token!r} has id {highest}, but the embedding ends at row {rows - 1}"
+        detail = f"the token {token!r} has id {highest}, but the embedding ends at row {rows - 1}"
         return Check("vocabulary", "warning", f"{detail}: resize the model before that token is used")
     return Check("vocabulary", "ok", f"vocab_size {rows} = rows of {embedding}{f' and {head}' if head else ''}")
-
-
-def _highest_added(dst: Folder) -> tuple[int, str]:
-    """Highest id of an added token that the tokenizer files speak of."""
-    found: list[tuple[int, str]] = [(-1, "")]
-    for token in (dst.json(FAST_TOKENIZER) or {}).get("added_tokens") or []:
-        found.append((int(token["id"]), str(token["content"])))
-    for index, token in ((dst.json(TOKENIZER_CONFIG) or {}).get("added_tokens_decoder") or {}).items():
-        found.append((int(index), str(token["content"])))
-    return max(found)
 
 
 def _tensors(src: Folder, dst: Folder) -> Check:
@@ -116,23 +108,14 @@ def _code(src: Folder, dst: Folder) -> Check:
     for name in (CONFIG, TOKENIZER_CONFIG):
         needed |= code_files((dst.json(name) or {}).get("auto_map"))
     for name in sorted(name for name in dst.files if name.endswith(".py")):
-        needed |= _relative_imports(dst, name)
+        needed |= imported_files(dst.path / name)
     absent = sorted(needed - dst.files)
+    if absent and src.path.resolve() == dst.path.resolve():
+        return _check(
+            "code files", "", f"{', '.join(absent)} is absent as before: there is no other SRC to take it from"
+        )
     problem = f"{', '.join(absent)} is needed by auto_map or by an import, and absent" if absent else ""
     return _check("code files", problem, f"{len(needed)} needed, all there" if needed else "none needed")
-
-
-def _relative_imports(folder: Folder, name: str) -> set[str]:
-    """Files that a code file imports from its own folder, by reading its text."""
-    try:
-        tree = ast.parse((folder.path / name).read_text(encoding="utf-8"))
-    except (SyntaxError, ValueError):
-        return set()
-    modules: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
-            modules |= {node.module} if node.module else {alias.name for alias in node.names}
-    return {f"{module.split('.')[0]}.py" for module in modules}
 
 
 def _tokenizer_files(src: Folder, dst: Folder) -> Check:
@@ -149,12 +132,10 @@ def _tokenizer_files(src: Folder, dst: Folder) -> Check:
 def _probe_ids(src: Folder, dst: Folder) -> Check:
     """Ids of one text by both tokenizers, where transformers can build them from data alone."""
     name = "probe text"
-    for folder in (src, dst):
-        for file in (CONFIG, TOKENIZER_CONFIG):
-            if "AutoTokenizer" in ((folder.json(file) or {}).get("auto_map") or {}):
-                return Check(name, "ok", "not encoded: the tokenizer is code of the folder, and no code is run")
     if not any(map(is_vocabulary, src.files)):
         return Check(name, "ok", "not encoded: SRC has no tokenizer")
+    if any(is_remote(folder, "AutoTokenizer") for folder in (src, dst)):
+        return _same_by_construction(src, dst)
     theirs = _encode(src)
     if isinstance(theirs, str):
         return Check(name, "warning", f"not encoded: transformers cannot load SRC's tokenizer ({theirs})")
@@ -171,6 +152,42 @@ def _probe_ids(src: Folder, dst: Folder) -> Check:
     return Check(name, "warning", f"{detail}. DST has its own {', '.join(own)}: right only if that is meant")
 
 
+def is_remote(folder: Folder, auto_class: str) -> bool:
+    """Whether code of the folder stands for an auto class."""
+    return any(auto_class in ((folder.json(file) or {}).get("auto_map") or {}) for file in (CONFIG, TOKENIZER_CONFIG))
+
+
+def _same_by_construction(src: Folder, dst: Folder) -> Check:
+    """A tokenizer that is code of the folder is not run: equal vocabulary, code and settings give equal ids."""
+    code = {
+        file
+        for folder in (src, dst)
+        for name in (CONFIG, TOKENIZER_CONFIG)
+        for file in code_files(((folder.json(name) or {}).get("auto_map") or {}).get("AutoTokenizer"))
+    }
+    vocabulary = {name for name in src.files | dst.files if is_vocabulary(name)}
+    other = sorted(name for name in code | vocabulary if not same_bytes(src, dst, name)) + _own_settings(src, dst)
+    not_run = "the tokenizer is code of the folder, which is not run"
+    if other:
+        return Check("probe text", "warning", f"{not_run}; DST has its own {', '.join(other)}, so ids may differ")
+    return Check("probe text", "ok", f"{not_run}; its vocabulary, code, class and flags equal SRC's, hence its ids")
+
+
+def _config_loads(dst: Folder) -> Check:
+    """transformers reads config.json, where the class is its own and not code of the folder."""
+    name = "config"
+    config = dst.json(CONFIG) or {}
+    if is_remote(dst, "AutoConfig"):
+        return Check(name, "ok", "not built: its class is code of the folder, which is not run")
+    from transformers import AutoConfig
+
+    try:
+        loaded = AutoConfig.from_pretrained(str(dst.path), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # whatever a class does with values that are out of its range
+        return Check(name, "failed", f"transformers cannot load config.json: {first_line(error)}")
+    return Check(name, "ok", f"loads as {type(loaded).__name__} (model_type {config.get('model_type')})")
+
+
 def _encode(folder: Folder) -> list[int] | str:
     """Ids of the probe text, or why there are none."""
     from transformers import AutoTokenizer
@@ -180,7 +197,12 @@ def _encode(folder: Folder) -> list[int] | str:
         return [int(i) for i in tokenizer(PROBE)["input_ids"]]
     # The reason may come from any of several libraries; it is shown, never swallowed.
     except Exception as error:
-        return (str(error).splitlines() or [type(error).__name__])[0]
+        return first_line(error)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, short enough for a line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _own_settings(src: Folder, dst: Folder) -> list[str]:
@@ -193,7 +215,7 @@ def _shown(ids: list[int]) -> str:
     return json.dumps(ids[:8])[:-1] + (", …]" if len(ids) > 8 else "]")
 
 
-def _nothing_left(src: Folder, dst: Folder) -> Check:
-    left: Any = plan_repair(src, dst).actions
+def _nothing_left(src: Folder, dst: Folder, work: WeightWork | None) -> Check:
+    left: Any = plan_repair(src, dst, work).actions
     problem = f"a second run would still change {', '.join(sorted({a.file for a in left}))}" if left else ""
     return _check("second run", problem, "would change nothing")

@@ -5,7 +5,6 @@ runs/sft/config.resolved.yaml   metrics.jsonl   samples.jsonl   tensorboard/   c
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -15,7 +14,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,21 +23,34 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    parse_flag_from_env,
+    set_seed,
+)
 from safetensors import SafetensorError
 from torch import Tensor
 
 from rlhfkit.config.load import differing_keys, dump_config
 from rlhfkit.config.stages import StageConfig
-from rlhfkit.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError
+from rlhfkit.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError, RewardError
+from rlhfkit.models.folder import RECORD
 from rlhfkit.models.precision import DTYPES, Resolved, current_device, resolve_precision
+from rlhfkit.report.card import model_card
+from rlhfkit.report.runs import DATA_FAULTS, read_runs
+from rlhfkit.runtime.allocator import keep_freed_memory
 from rlhfkit.runtime.checkpoint import checkpoint_folders, load_checkpoint, save_checkpoint, save_only_what_trains
+from rlhfkit.runtime.optim import choose_optimizer
+from rlhfkit.runtime.records import append_json, json_lines, replace_text
 from rlhfkit.runtime.screen import Screen, quiet_libraries
+from rlhfkit.runtime.trackers import check_trackers, track_histogram, track_samples
 
 # Keys that change what is written or how fast, but not which weights come out.
 FREE_ON_RESUME = {
-    "run.out", "run.keep", "run.log_every", "run.save_every", "run.eval_every", "run.trackers",
+    "run.out", "run.keep", "run.log_every", "run.save_every", "run.eval_every", "run.trackers", "run.view",
     "optim.micro_batch_tokens", "optim.gradient_checkpointing", "model.hf_endpoint", "data.eval",
 }  # fmt: skip
 
@@ -67,8 +79,13 @@ class Run:
     seconds_total: float = 0.0
     interrupted: bool = False
     fingerprint: str = ""
+    _data_faults: list[str] = field(default_factory=list)
+    # Where models and optimisers belong to another library, these write them into a checkpoint and read them back.
+    write_state: Callable[[Path], None] | None = None
+    read_state: Callable[[Path], None] | None = None
     _last: dict[str, Any] = field(default_factory=dict)
     _step_started: float = 0.0
+    _state: Callable[[], dict[str, Any]] | None = None  # what the last whole step left, for a checkpoint
 
     # -- facts -------------------------------------------------------------------------------------------------------
 
@@ -103,14 +120,17 @@ class Run:
         """For passes outside the prepared module; None computes in the weights' own format."""
         return None if self.precision == "fp32" else self.dtype
 
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Most tokens in one forward pass."""
+        return self.config.optim.micro_batch_tokens or default_micro_batch_tokens(self.device)
+
     # -- data --------------------------------------------------------------------------------------------------------
 
-    def note_data(self, rows: Iterable[bytes]) -> None:
-        """Remember what the data was, so that a resume on other rows is refused."""
-        digest = hashlib.sha256()
-        for row in rows:
-            digest.update(row)
-        self.fingerprint = digest.hexdigest()[:16]
+    def note_data(self, digest: str, faults: Sequence[str] = ()) -> None:
+        """Remember what the data was, so that a resume on other rows is refused; and what was wrong with it, for the
+        report."""
+        self.fingerprint, self._data_faults = digest[:16], list(faults)
 
     # -- resume ------------------------------------------------------------------------------------------------------
 
@@ -124,6 +144,8 @@ class Run:
         if self.is_main:
             self.out.mkdir(parents=True, exist_ok=True)
             replace_text(self.out / "config.resolved.yaml", dump_config(self.config))
+            if self._data_faults:
+                replace_text(self.out / DATA_FAULTS, "".join(f"{fault}\n" for fault in self._data_faults))
         trackers = [t for t in self.config.run.trackers if t != "none"]
         if trackers:
             self.accelerator.init_trackers(
@@ -136,7 +158,7 @@ class Run:
             self.screen.line(f"no checkpoint in {self.out} yet: starting from the beginning")
             self._truncate_records(-1)  # the evaluation before the first step is done again too
             return
-        state = load_checkpoint(self.accelerator, folders[-1])
+        state = load_checkpoint(self.accelerator, folders[-1], self.read_state)
         if state["fingerprint"] != self.fingerprint:
             raise CheckpointError(
                 f"the training data is not what it was when {folders[-1]} was written",
@@ -175,12 +197,20 @@ class Run:
 
     @contextmanager
     def steps(self, what: str, total: int) -> Iterator[Iterator[int]]:
-        """The numbers of the steps still to do, with progress on the screen and Ctrl-C held until a step is whole."""
+        """The numbers of the steps still to do, with progress on the screen and Ctrl-C held until a step is whole.
+
+        Raises:
+            RewardError: one that came up inside, with the step and the last checkpoint in its words; up to there all
+                is saved.
+        """
+        running = 0
 
         def numbers() -> Iterator[int]:
+            nonlocal running
             while self.step < total:
                 self._step_started = time.perf_counter()
-                yield self.step + 1
+                running = self.step + 1
+                yield running
 
         def on_interrupt(signum: int, frame: object) -> None:
             if self.interrupted:  # the second time people mean it
@@ -193,6 +223,15 @@ class Run:
         try:
             with self.screen.steps(what, total, self.step):
                 yield numbers()
+        except RewardError as error:
+            # The reward can be mended, and the run goes on: nothing of it has changed since its last whole step.
+            # (One process alone cannot save what belongs to several.)
+            if self._state is not None and running > self.step and self.world == 1:
+                self.save(self._state())
+            hint = f"{self._last_checkpoint()}; {self._resume_command()}"
+            raise RewardError(
+                f"step {running} of {total}: {error.message}", hint=f"{error.hint}; {hint}" if error.hint else hint
+            ) from error
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
@@ -222,7 +261,7 @@ class Run:
             NonFiniteError: a loss or gradient is NaN or infinite.
         """
         run = self.config.run
-        self.step = step
+        self.step, self._state = step, state
         seconds = time.perf_counter() - self._step_started
         self.seconds_total += seconds
         self.tokens_total += int(metrics["tokens"])
@@ -255,19 +294,29 @@ class Run:
             "last_metrics": self._last,
             "stage": stage_state,
         }
-        return save_checkpoint(self.accelerator, self.out, self.step, state, self.config.run.keep)
+        return save_checkpoint(self.accelerator, self.out, self.step, state, self.config.run.keep, self.write_state)
 
     def _refuse_non_finite(self, record: Mapping[str, Any]) -> None:
         bad = [k for k in ("loss", "grad_norm") if not math.isfinite(record[k])]
         if self.precision == "fp16" and bad == ["grad_norm"]:
             return  # the loss scaler found its limit and skipped the step; that is its way of working
         if bad:
-            folders = checkpoint_folders(self.out)
-            last = f"the last good checkpoint is {folders[-1]}" if folders else "there is no checkpoint yet"
             raise NonFiniteError(
-                f"{' and '.join(bad)} at step {record['step']} is not finite ({last})",
+                f"{' and '.join(bad)} at step {record['step']} is not finite ({self._last_checkpoint()})",
                 hint="lower --lr, or compute in another format: --precision bf16 or fp32",
             )
+
+    def _last_checkpoint(self) -> str:
+        folders = checkpoint_folders(self.out)
+        return f"the last good checkpoint is {folders[-1]}" if folders else "there is no checkpoint yet"
+
+    def not_finite(self, what: str, step: int, rows: Sequence[str]) -> NonFiniteError:
+        """The error of a step in which ``what`` is NaN or infinite at these rows of the data."""
+        shown = ", ".join(rows[:3]) + (f" and {len(rows) - 3} more" if len(rows) > 3 else "")
+        return NonFiniteError(
+            f"{what} is not finite at step {step}, row {shown} ({self._last_checkpoint()})",
+            hint="lower --lr, or compute in another format: --precision bf16 or fp32",
+        )
 
     def _anyone_interrupted(self) -> bool:
         if self.world == 1:
@@ -286,16 +335,26 @@ class Run:
     def record(self, metrics: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl and hand the numbers to the trackers."""
         self._last |= {k: v for k, v in metrics.items() if k != "event"}
-        if self.is_main:
-            append_json(self.out / "metrics.jsonl", metrics)
+        self._append(metrics)
         numbers = {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and k != "step"}
         self.accelerator.log(numbers, step=metrics.get("step", self.step))
 
+    def _append(self, row: dict[str, Any]) -> None:
+        if self.is_main:
+            append_json(self.out / "metrics.jsonl", row)
+            self.screen.record(row)
+
     def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append to samples.jsonl."""
+        """Append to samples.jsonl, and hand them to the trackers."""
         if self.is_main:
             for row in rows:
                 append_json(self.out / "samples.jsonl", {"step": self.step, **row})
+            track_samples(self.accelerator.trackers, rows, self.step)
+
+    def histogram(self, name: str, values: Sequence[float], step: int) -> None:
+        """Hand the distribution of some values to the trackers."""
+        if self.is_main:
+            track_histogram(self.accelerator.trackers, name, values, step)
 
     def sum_over_processes(self, values: Sequence[float]) -> list[float]:
         """Add numbers up over all processes."""
@@ -323,17 +382,28 @@ class Run:
             ) from error
         self.accelerator.wait_for_everyone()
         if self.is_main:
+            let_others_read(partial)
             shutil.rmtree(final, ignore_errors=True)
+            self._write_card(partial)
             os.replace(partial, final)
             end = {k: v for k, v in self._last.items() if k != "seconds"}
             totals = {"seconds_total": self.seconds_total, "tokens_total": self.tokens_total}
-            append_json(
-                self.out / "metrics.jsonl", {"event": "end", **end, **totals, "resumed_from": self.resumed_from}
-            )
+            self._append({"event": "end", **end, **totals, "resumed_from": self.resumed_from})
             self.screen.line(f"done: {final}")
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return StageResult(self.out, final, dict(self._last))
+
+    def _write_card(self, folder: Path) -> None:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        lora = (folder / "adapter_config.json").is_file()
+        card = model_card(read_runs([self.out])[0], base=record["base"], lora=lora, layout=record.get("layout", ""))
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def default_micro_batch_tokens(device: torch.device) -> int:
+    """A CPU is busy with few tokens, and its memory is slow; a GPU wants many."""
+    return 768 if device.type == "cpu" else 4096
 
 
 def start_run(config: StageConfig) -> Run:
@@ -345,8 +415,11 @@ def start_run(config: StageConfig) -> Run:
     quiet_libraries()
     out = Path(config.out)
     trackers = [t for t in config.run.trackers if t != "none"]
+    check_trackers(trackers)
     # Knows the device before the number format is chosen, which can be chosen only once in a process.
     device = current_device()
+    if device.type == "cpu":
+        keep_freed_memory()
     precision = resolve_precision(config.model.precision, device)
     if precision == "fp16" and device.type == "cpu":
         raise ConfigError("model.precision: fp16 does not train on a CPU", hint="give --precision bf16 or fp32")
@@ -358,6 +431,13 @@ def start_run(config: StageConfig) -> Run:
         # Our buffers are constants. Broadcasting them at each pass would hang processes with fewer passes than others.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    if device.type == "cpu" and accelerator.num_processes > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        # PyTorch shards on CPUs too; Accelerate asks for it on GPUs only.
+        plugin = FullyShardedDataParallelPlugin()
+        if precision != "fp32":
+            plugin.set_mixed_precision(precision)
+        accelerator.state.fsdp_plugin = plugin
+        accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         # DeepSpeed wants to know batches beforehand. Ours differ from step to step, and are summed, not averaged.
         plugin = accelerator.state.deepspeed_plugin
@@ -369,7 +449,11 @@ def start_run(config: StageConfig) -> Run:
         settings = plugin.deepspeed_config
         settings.update(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1)
         settings["gradient_clipping"] = config.optim.max_grad_norm
-    screen = Screen(speaks=accelerator.is_main_process)
+    screen = Screen(accelerator.is_main_process, config.run.view)
+    run = Run(config=config, accelerator=accelerator, screen=screen, precision=precision, out=out)
+    # Refused now rather than when data and model are read.
+    quantized = config.model.quantize != "none"
+    choose_optimizer(config.optim.optimizer, device, quantized=quantized, sharded=run.sharded)
     check_folder(config, out)
     accelerator.wait_for_everyone()  # nobody writes before everybody has looked
     # The same on every process: all build the same new weights. Data order and sampling have seeds of their own.
@@ -377,7 +461,7 @@ def start_run(config: StageConfig) -> Run:
     save_only_what_trains(accelerator)
     processes = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
     screen.line(f"rlhfkit {config.stage}: {accelerator.device.type}, {precision}{processes}, run folder {out}")
-    return Run(config=config, accelerator=accelerator, screen=screen, precision=precision, out=out)
+    return run
 
 
 def check_folder(config: StageConfig, out: Path) -> None:
@@ -399,7 +483,10 @@ def check_folder(config: StageConfig, out: Path) -> None:
     if resolved.is_file():
         old = yaml.safe_load(resolved.read_text(encoding="utf-8")) or {}
         new = yaml.safe_load(dump_config(config))
-        changed = [key for key in differing_keys(old, new) if key not in FREE_ON_RESUME]
+        free = FREE_ON_RESUME | {f"{config.stage}.reward_timeout", f"{config.stage}.reward_retries"}
+        # TRL takes means over passes: their size is part of its result.
+        free -= {"optim.micro_batch_tokens"} if config.engine == "trl" else set()
+        changed = [key for key in differing_keys(old, new) if key not in free]
         if changed:
             values = "; ".join(f"{key}: {_at(old, key)!r} -> {_at(new, key)!r}" for key in changed)
             raise ConfigError(
@@ -422,27 +509,17 @@ def finished_result(config: StageConfig) -> StageResult | None:
         end = None
     if end is None:
         return None
-    Screen(speaks=os.environ.get("RANK", "0") == "0").line(f"{out} is finished already: {out / 'final'}")
+    Screen(os.environ.get("RANK", "0") == "0", config.run.view).line(f"{out} is finished already: {out / 'final'}")
     return StageResult(out, out / "final", end)
 
 
-def append_json(path: Path, row: Mapping[str, Any]) -> None:
-    """One JSON object as one line, at once, so that a killed run keeps its records. JSON has no infinity: null."""
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(finite, ensure_ascii=False) + "\n")
-
-
-def json_lines(path: Path) -> list[str]:
-    """The lines of a JSON-lines file. (``splitlines`` would also cut at separators that texts may hold, as U+2028.)"""
-    return [line for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file beside and rename it, so that it is never half there."""
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+def let_others_read(folder: Path) -> None:
+    """Give files the permissions that new files have here: safetensors (0.8) makes its own for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
 
 
 def peak_memory_gib(device: torch.device) -> float:

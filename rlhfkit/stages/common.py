@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from itertools import chain, islice
+from typing import Any, NamedTuple
 
+from rlhfkit.chat.messages import Conversation, last_user_text
+from rlhfkit.config.blocks import RewardsBlock
 from rlhfkit.config.stages import StageConfig
-from rlhfkit.data.records import Record
-from rlhfkit.data.sources import load_records, mix, parse_source
-from rlhfkit.data.tokenize import TokenReport
+from rlhfkit.data.prepare import Recipe, prepare_prompts, prepare_rows
+from rlhfkit.data.records import SftRecord
+from rlhfkit.data.sources import Place, SourceReport, locate, mix, parse_items, parse_source
+from rlhfkit.data.tokenize import TokenReport, refuse_none
 from rlhfkit.errors import ConfigError
 from rlhfkit.models.folder import ModelSource, open_model
+from rlhfkit.models.kernels import refuse_kernels
 from rlhfkit.models.load import LoadedModel, Task, TextSide, load_model, load_text_side, parameter_counts
+from rlhfkit.models.precision import current_device
+from rlhfkit.models.reward_sources import WeightedReward, open_rewards
+from rlhfkit.models.sampling import SamplingSettings, sample_answers
 from rlhfkit.runtime.run import Run
 from rlhfkit.runtime.screen import Screen
+from rlhfkit.words import tr
+
+SAMPLES = 4  # answers shown at each evaluation
+CANDIDATES = 64  # rows looked at to find prompts that leave room for them
+SAMPLE_TOKENS = 64
 
 
 def open_text_side(config: StageConfig) -> tuple[ModelSource, TextSide]:
     """The model's folder and its text side, before any weight is read: bad data is found in seconds."""
     source = open_model(config.model.path)
-    limit = source.config.get("max_position_embeddings")
+    limit = source.positions
     if limit and config.data.max_length > limit:
         raise ConfigError(
             f"data.max_length: {config.data.max_length} is more than the {limit} positions of {source.path}",
             hint=f"give --max-length {limit} or less",
         )
+    refuse_kernels(config.optim.kernels, current_device(), str(source.config.get("model_type", "")))
     text = load_text_side(
         source,
         family=config.model.family,
@@ -34,17 +51,106 @@ def open_text_side(config: StageConfig) -> tuple[ModelSource, TextSide]:
     return source, text
 
 
-def read_records(config: StageConfig, specs: Sequence[str], screen: Screen, *, mixed: bool) -> list[Any]:
-    """Rows of several sources as one list; training rows are repeated by their weights."""
-    stage: Any = config.stage  # a Literal in each stage's own class
-    groups, report = load_records(specs, stage, on_bad_row=config.data.on_bad_row)
-    for source in report.sources:
-        skipped = f", {source.rows_skipped:,} skipped (first: {source.reasons[0]})" if source.rows_skipped else ""
-        screen.line(f"read {source.name}: {source.rows_kept:,} rows{skipped}")
-    if mixed:
-        return mix(groups, [parse_source(spec).weight for spec in specs], config.run.seed)
-    records: list[Record] = [record for group in groups for record in group]
-    return records
+class DataRows(NamedTuple):
+    rows: Sequence[Any]
+    digest: str
+    faults: list[str]  # what became of rows that are not used, or not whole: sentences for the report
+
+
+def read_rows(config: StageConfig, specs: Sequence[str], text: TextSide, screen: Screen, what: str) -> DataRows:
+    """Token rows of all sources as one sequence, training rows as often as their weights say.
+
+    Prompts are held in memory, all other rows stay in their files.
+
+    Raises:
+        DataError: also when no row is left.
+    """
+    stage: Any = config.row_kind  # a Literal of `rlhfkit.data.parse`
+    recipe = Recipe(stage, text.encoder, config.row_limit, config.data.on_bad_row)
+    groups: list[Sequence[Any]] = []
+    report = TokenReport()
+    digest = hashlib.sha256()
+    faults: list[str] = []
+    for name, place in _places([*specs, *config.data.eval])[: len(specs)]:
+        counting = partial(screen.counting, f"tokenising {tr(what)} rows of {name}")
+        if stage == "ppo":
+            prompts, source, tokens = prepare_prompts(name, place, recipe, counting)
+            say_source(screen, source)
+            for row in prompts:
+                said = [[m.content for m in row.record.prompt], dict(row.record.columns)]
+                digest.update(json.dumps(said, sort_keys=True, default=str).encode())
+            groups.append(prompts)
+        else:
+            store = prepare_rows(name, place, recipe, counting, screen.line)
+            source, tokens = store.source, store.tokens
+            say_source(screen, source, ", token rows from the cache" if store.cached else "")
+            digest.update(store.digest.encode())
+            groups.append(store)
+        report.extend(tokens)
+        if source.rows_skipped:
+            faults.append(f"{source.name}: {source.rows_skipped:,} rows were skipped (first: {source.reasons[0]})")
+    weights = [parse_source(spec).weight if what == "training" else 1.0 for spec in specs]
+    rows = mix(groups, weights, config.run.seed)
+    say_report(screen, what, report)
+    if specs:
+        refuse_none(sum(map(len, groups)), report)
+    if any(weight != 1 for weight in weights):
+        screen.line(f"  by the weights of their sources {len(rows):,} rows an epoch")
+    return DataRows(rows, digest.hexdigest(), faults + report.sentences())
+
+
+def first_prompts(config: StageConfig, specs: Sequence[str]) -> list[Conversation]:
+    """What the first rows ask that lead to an answer; the rows are known to be good, or skipped where they are not."""
+    stage: Any = config.row_kind
+    records = (parse_items(place.items(), stage, "skip", SourceReport(name)) for name, place in _places(specs))
+    found: list[Conversation] = []
+    for record in islice(chain.from_iterable(records), CANDIDATES):
+        prompt = record.messages[:-1] if isinstance(record, SftRecord) else record.prompt
+        found += [prompt] if prompt else []
+    return found
+
+
+def write_answers(run: Run, model: Any, text: TextSide, prompts: Sequence[Conversation], max_length: int) -> None:
+    """Write a few greedy answers to held-out prompts into samples.jsonl; the main process alone, so not if sharded."""
+    if run.sharded or not run.is_main:
+        return
+    candidates = ((prompt, text.encoder.encode_prompt(prompt)) for prompt in prompts)
+    fitting = list(islice((c for c in candidates if len(c[1]) + SAMPLE_TOKENS <= max_length), SAMPLES))
+    if not fitting:
+        return
+    settings = SamplingSettings(
+        max_new_tokens=SAMPLE_TOKENS, temperature=0.0, stop_ids=text.tokens.stop_ids, vocabulary=text.vocabulary
+    )
+    answers = sample_answers(
+        model,
+        [ids for _, ids in fitting],
+        settings,
+        seeds=[(0,)] * len(fitting),
+        pad_id=text.tokens.pad_id,
+        autocast=run.autocast,
+    )
+    run.samples(
+        [
+            {
+                "prompt": last_user_text(prompt),
+                "answer": text.tokenizer.decode(a.ids, skip_special_tokens=True),
+                "ended": a.ended,
+            }
+            for (prompt, _), a in zip(fitting, answers, strict=True)
+        ]
+    )
+
+
+def _places(specs: Sequence[str]) -> list[tuple[str, Place]]:
+    """Names and places of all sources: a missing one is found before work begins on the first."""
+    names = [parse_source(spec).name for spec in specs]
+    return [(name, locate(name)) for name in names]
+
+
+def say_source(screen: Screen, source: SourceReport, more: str = "") -> None:
+    """Tell how many rows a source gave, and the first that was skipped."""
+    skipped = f", {source.rows_skipped:,} skipped (first: {source.reasons[0]})" if source.rows_skipped else ""
+    screen.line(f"read {source.name}: {source.rows_kept:,} rows{skipped}{more}")
 
 
 def load_for_training(config: StageConfig, run: Run, source: ModelSource, text: TextSide, task: Task) -> LoadedModel:
@@ -58,6 +164,8 @@ def load_for_training(config: StageConfig, run: Run, source: ModelSource, text: 
         quantize=config.model.quantize,
         trust_remote_code=config.model.trust_remote_code,
         gradient_checkpointing=config.optim.gradient_checkpointing,
+        packing=config.optim.packing and config.engine == "rlhfkit",
+        kernels=config.optim.kernels,
         fresh_head=config.stage == "rm",
         device=run.device,
     )
@@ -68,9 +176,25 @@ def load_for_training(config: StageConfig, run: Run, source: ModelSource, text: 
     return loaded
 
 
+def load_rewards(
+    config: StageConfig, block: RewardsBlock, run: Run, policy: LoadedModel | None = None
+) -> WeightedReward:
+    """The reward sources of a stage, on this run's device; see `open_rewards`."""
+    return open_rewards(
+        block.reward,
+        device=run.device,
+        dtype=run.dtype,
+        micro_batch_tokens=run.micro_batch_tokens,
+        trust_remote_code=config.model.trust_remote_code,
+        timeout=block.reward_timeout,
+        retries=block.reward_retries,
+        policy=policy,
+    )
+
+
 def say_report(screen: Screen, what: str, report: TokenReport) -> None:
     """Tell what tokenising did to the rows."""
     supervised = f", {report.supervised:,} supervised" if report.supervised else ""
-    screen.line(f"{what}: {report.rows:,} rows, {report.tokens:,} tokens{supervised}")
+    screen.line(f"{tr(what)}: {report.rows:,} rows, {report.tokens:,} tokens{supervised}")
     for sentence in report.sentences():
         screen.line(f"  {sentence}")

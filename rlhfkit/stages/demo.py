@@ -20,9 +20,11 @@ from rich.table import Table
 from rlhfkit.config.load import load_config
 from rlhfkit.config.stages import PpoConfig, RmConfig, SftConfig
 from rlhfkit.errors import ConfigError
-from rlhfkit.runtime.run import json_lines
+from rlhfkit.runtime.records import json_lines
 from rlhfkit.runtime.screen import quiet_libraries
-from rlhfkit.stages import ppo, reward, sft
+from rlhfkit.stages import ppo, report, reward, sft
+from rlhfkit.words import tr
+from rlhfkit.words.lines import shown
 
 ANSWERS_SHOWN = 6
 
@@ -72,7 +74,7 @@ def run(out: Path, *, seed: int = 0, resume: bool = False) -> DemoResult:
                 "run.resume": resume,
             }
 
-        console.rule("1 of 3: supervised fine-tuning")
+        console.rule(tr("1 of 3: supervised fine-tuning"))
         tuned = sft.run(
             load_config(
                 SftConfig,
@@ -80,7 +82,7 @@ def run(out: Path, *, seed: int = 0, resume: bool = False) -> DemoResult:
                 flags=flags("sft", assets / "model", "sft.jsonl", "sft_heldout.jsonl"),
             )
         )
-        console.rule("2 of 3: reward model")
+        console.rule(tr("2 of 3: reward model"))
         judge = reward.run(
             load_config(
                 RmConfig,
@@ -88,7 +90,7 @@ def run(out: Path, *, seed: int = 0, resume: bool = False) -> DemoResult:
                 flags=flags("rm", tuned.final, "pairs.jsonl", "pairs_heldout.jsonl"),
             )
         )
-        console.rule("3 of 3: PPO")
+        console.rule(tr("3 of 3: PPO"))
         policy = ppo.run(
             load_config(
                 PpoConfig,
@@ -105,13 +107,17 @@ def run(out: Path, *, seed: int = 0, resume: bool = False) -> DemoResult:
         ppo=_first_and_last(policy.out),
         seconds=time.perf_counter() - started,
     )
-    console.rule("before and after, on held-out rows")
+    console.rule(tr("before and after, on held-out rows"))
     console.print(_figures(result))
     console.print(_answers(policy.out))
+    (page,) = report.run([tuned.out, judge.out, policy.out], out=out / "report.html", form="html")
     console.print(
-        f"{result.seconds / 60:.1f} minutes. Run folders: {out}/sft, {out}/rm, {out}/ppo "
-        "(metrics.jsonl, samples.jsonl, tensorboard/, final/).\n"
-        f"Talk to the result:  rlhfkit generate --model {policy.final}"
+        shown(
+            f"{result.seconds / 60:.1f} minutes. Run folders: {out}/sft, {out}/rm, {out}/ppo "
+            "(metrics.jsonl, samples.jsonl, tensorboard/, final/).\n"
+            f"Curves and more answers:  {page}\n"
+            f"Talk to the result:  rlhfkit generate --model {policy.final}"
+        )
     )
     return result
 
@@ -124,11 +130,13 @@ def _first_and_last(out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _figures(result: DemoResult) -> Table:
     table = Table()
-    for heading in ("stage", "figure", "before", "after"):
-        table.add_column(heading, justify="right" if heading in ("before", "after") else "left")
+    table.add_column(tr("stage"))
+    table.add_column(tr("figure"))
+    table.add_column(tr("before"), justify="right")
+    table.add_column(tr("after"), justify="right")
 
     def row(stage: str, figure: str, pair: tuple[Mapping[str, Any], Mapping[str, Any]], key: str, form: str) -> None:
-        table.add_row(stage, figure, format(pair[0][key], form), format(pair[1][key], form))
+        table.add_row(tr(stage), tr(figure), format(pair[0][key], form), format(pair[1][key], form))
 
     row("SFT", "loss (nats per token)", result.sft, "eval_loss", ".3f")
     row("reward model", "pairs ranked rightly", result.rm, "eval_accuracy", ".1%")
@@ -137,7 +145,7 @@ def _figures(result: DemoResult) -> Table:
     row("PPO", "KL to the SFT model (nats per answer)", result.ppo, "eval_kl", ".2f")
     row("PPO", "answers that end by themselves", result.ppo, "eval_eos_rate", ".1%")
     table.add_section()
-    table.add_row("PPO", "rise of the reward in its std", "", f"{result.reward_gain:+.2f}")
+    table.add_row("PPO", tr("rise of the reward in its std"), "", f"{result.reward_gain:+.2f}")
     return table
 
 
@@ -147,11 +155,11 @@ def _answers(out: Path) -> Table:
     first = [row for row in rows if row["step"] == steps[0]]
     last = [row for row in rows if row["step"] == steps[-1]]
     table = Table(show_lines=True)
-    table.add_column("prompt", ratio=2)
-    table.add_column("SFT model", ratio=3)
-    table.add_column("reward", justify="right")
-    table.add_column("after PPO", ratio=3)
-    table.add_column("reward", justify="right")
+    table.add_column(tr("prompt"), ratio=2)
+    table.add_column(tr("SFT model"), ratio=3)
+    table.add_column(tr("reward"), justify="right")
+    table.add_column(tr("after PPO"), ratio=3)
+    table.add_column(tr("reward"), justify="right")
     for before, after in list(zip(first, last, strict=True))[:ANSWERS_SHOWN]:
         table.add_row(
             before["prompt"], before["answer"], f"{before['reward']:.2f}", after["answer"], f"{after['reward']:.2f}"

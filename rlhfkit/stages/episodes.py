@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlhfkit.data.batch import TokenBatch, collate, split_by_tokens, token_row
+from rlhfkit.data.batch import TokenBatch
+from rlhfkit.data.packing import Tree, group_by_tokens, pack, part_ends, shared_beginning
 from rlhfkit.data.tokenize import PromptRow
 from rlhfkit.models.load import TextSide
 from rlhfkit.models.reward_sources import WeightedReward
@@ -69,7 +70,7 @@ def sample_episodes(
 ) -> list[Episode]:
     """Answers to (episode index, prompt) pairs; an episode's randomness depends on ``seed`` and its index alone.
 
-    Prompts of like length are sampled together, so that little left padding is computed.
+    Prompts of like length are sampled together, so that attention has little padding to look at.
     """
     episodes: list[Episode] = []
     ordered = sorted(prompts, key=lambda item: -len(item[1].prompt))
@@ -99,18 +100,71 @@ def score_episodes(episodes: Sequence[Episode], reward: WeightedReward) -> None:
         episode.components = {name: scores[i] for name, scores in components.items()}
 
 
-def collate_episodes(episodes: Sequence[Episode], pad_id: int, device: torch.device) -> TokenBatch:
-    """Prompts with their answers as right-padded rows; the positions are those that choose answer tokens."""
-    rows = [
-        token_row([*e.prompt.prompt.tolist(), *e.response], [False] * len(e.prompt.prompt) + [True] * len(e.response))
-        for e in episodes
-    ]
-    return collate(rows, pad_id).to(device)
+def collate_episodes(episodes: Sequence[Episode], device: torch.device) -> TokenBatch:
+    """Answers with their prompts, which neighbours share; the positions are those that choose answer tokens."""
+    trees = _trees(episodes)
+    packed = pack(trees)
+    places: list[NDArray[np.int64]] = []
+    ends = [(trunk_end, end) for trunk_end, branches in part_ends(trees) for end in branches]
+    branches = [branch for tree in trees for branch in tree.branches]
+    for e, branch, (trunk_end, end) in zip(episodes, branches, ends, strict=True):
+        # The prompt's last token chooses the answer's first, each other one the next.
+        choosing = np.arange(end - len(e.response) - 1, end - 1)
+        if len(branch) == len(e.response):
+            choosing[:1] = trunk_end - 1
+        places.append(choosing)
+    answers = np.concatenate([np.asarray(e.response, np.int64) for e in episodes])
+    return TokenBatch(packed, torch.from_numpy(np.concatenate(places)), torch.from_numpy(answers)).to(device)
+
+
+def _trees(episodes: Sequence[Episode]) -> list[Tree]:
+    """Episodes as trees, in their order: either a prompt is the trunk of its answers, or what all prompts begin with
+    is the trunk of them all. One level alone is built; the one that computes fewer tokens is taken.
+    """
+    answers = [np.asarray(e.response, np.int32) for e in episodes]
+    apart, start = [], 0
+    for prompt, count in _by_prompt(episodes):
+        apart.append(Tree(prompt, tuple(answers[start : start + count])))
+        start += count
+    size = shared_beginning([e.prompt.prompt for e in episodes])
+    rests = (np.concatenate([e.prompt.prompt[size:], a]) for e, a in zip(episodes, answers, strict=True))
+    together = Tree(episodes[0].prompt.prompt[:size], tuple(rests))
+    return [together] if len(together) < sum(map(len, apart)) else apart
 
 
 def by_tokens(episodes: Sequence[Episode], micro_batch_tokens: int) -> list[list[Episode]]:
-    """Episodes in micro-batches."""
-    return [[episodes[i] for i in g] for g in split_by_tokens([e.length for e in episodes], micro_batch_tokens)]
+    """Episodes in micro-batches, those of one prompt together as far as they fit."""
+    bundles: list[list[Episode]] = []
+    for e in sorted(episodes, key=lambda e: (e.prompt.prompt.tobytes(), e.index)):
+        with_it = bundles and same_prompt(bundles[-1][0], e)
+        if with_it and _tokens(bundles[-1]) + len(e.response) <= micro_batch_tokens:
+            bundles[-1].append(e)
+        else:
+            bundles.append([e])
+    # What all prompts begin with is computed once in a micro-batch, if no prompt is; see `_trees`.
+    shared = shared_beginning([e.prompt.prompt for e in episodes]) if 0 < len(bundles) == len(episodes) else 0
+    sizes = [(_tokens(bundle) - shared, len(bundle), max(e.length for e in bundle)) for bundle in bundles]
+    groups = group_by_tokens(sizes, max(1, micro_batch_tokens - shared))
+    return [[e for i in group for e in bundles[i]] for group in groups]
+
+
+def same_prompt(one: Episode, other: Episode) -> bool:
+    return np.array_equal(one.prompt.prompt, other.prompt.prompt)
+
+
+def _tokens(bundle: Sequence[Episode]) -> int:
+    return len(bundle[0].prompt.prompt) + sum(len(e.response) for e in bundle)
+
+
+def _by_prompt(episodes: Sequence[Episode]) -> list[tuple[NDArray[np.int32], int]]:
+    """Each prompt, and how many neighbours have it."""
+    groups: list[tuple[Episode, int]] = []
+    for e in episodes:
+        if groups and same_prompt(groups[-1][0], e):
+            groups[-1] = (e, groups[-1][1] + 1)
+        else:
+            groups.append((e, 1))
+    return [(e.prompt.prompt, count) for e, count in groups]
 
 
 @torch.no_grad()
@@ -120,7 +174,6 @@ def look_back(
     reference: PolicyModel | None,
     settings: SamplingSettings,
     *,
-    pad_id: int,
     device: torch.device,
     micro_batch_tokens: int,
     autocast: torch.dtype | None,
@@ -134,7 +187,7 @@ def look_back(
     """
     inner: PolicyModel = getattr(policy, "module", policy)
     for group in by_tokens(episodes, micro_batch_tokens):
-        batch = collate_episodes(group, pad_id, device)
+        batch = collate_episodes(group, device)
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
             seen: PolicyOutput = inner(batch, settings.temperature, settings.vocabulary)
             if reference is not None:

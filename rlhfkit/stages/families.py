@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 
 from rlhfkit.families.registry import installed_families
+from rlhfkit.words import tr
+from rlhfkit.words.lines import shown
 
 
 def run() -> None:
     """Print families, the model types they hold, what they fix, and the package each comes from."""
-    table = Table(title="model families", show_lines=True)
-    for heading in ("family", "holds", "template", "what it sees to", "from"):
+    table = Table(title=tr("model families"), show_lines=True)
+    for heading in (tr("family"), tr("holds"), tr("template"), tr("what it sees to"), tr("from")):
         table.add_column(heading, overflow="fold")
     for item in installed_families():
         family = item.family
         table.add_row(
             family.name,
-            f"{family.title}\n({', '.join(family.model_types)})",
+            Group(shown(family.title), f"({', '.join(family.model_types)})"),
             family.template,
-            "\n".join(family.notes),
+            Group(*map(shown, family.notes)),
             f"{item.package} {item.version}",
         )
     Console().print(table)

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,13 +16,14 @@ from rlhfkit.config.load import differing_keys
 from rlhfkit.config.stages import GenerateConfig
 from rlhfkit.data.records import PromptRecord
 from rlhfkit.data.sources import load_records
-from rlhfkit.errors import DataError
+from rlhfkit.errors import ConfigError, DataError
 from rlhfkit.models.folder import open_model
 from rlhfkit.models.load import LoadedModel, load_model, load_text_side
 from rlhfkit.models.precision import DTYPES, current_device, resolve_precision
 from rlhfkit.models.sampling import Answer, SamplingSettings, sample_answers
-from rlhfkit.runtime.run import replace_text
+from rlhfkit.runtime.records import replace_text
 from rlhfkit.runtime.screen import Screen, quiet_libraries
+from rlhfkit.words import mark, told, tr
 
 CHAT_HELP = "type a message; /clear forgets the conversation, /exit or Ctrl-D ends it"
 
@@ -47,6 +49,13 @@ class Speaker:
         device = current_device()
         dtype = DTYPES[resolve_precision(config.precision, device)]
         source = open_model(config.model, adapter=config.adapter)
+        self.positions = source.positions
+        if self.positions and config.max_new_tokens >= self.positions:
+            raise ConfigError(
+                f"max_new_tokens: {config.max_new_tokens} leave no room for a prompt in the {self.positions} positions "
+                f"of {source.path}",
+                hint=f"give --max-new-tokens {self.positions // 2} or less",
+            )
         text = load_text_side(
             source, family=config.family, template=config.template, trust_remote_code=config.trust_remote_code
         )
@@ -63,6 +72,8 @@ class Speaker:
         if config.quantize == "none":
             self.loaded.model.to(device)
         self.loaded.model.eval()
+        for note in self.loaded.notes:
+            self.screen.line(f"note: {note}")
         self.text = text
         # Adapters are float32 on a bf16 base: autocast brings them together.
         self.autocast = dtype if dtype != torch.float32 else None
@@ -71,8 +82,16 @@ class Speaker:
             temperature=config.temperature,
             top_p=config.top_p,
             stop_ids=text.tokens.stop_ids,
-            vocabulary=len(text.tokenizer),
+            vocabulary=text.vocabulary,
         )
+
+    def room(self, conversation: Sequence[Message]) -> int:
+        """How many tokens an answer may have: what was asked for, or what is left of the model's positions; below 1
+        there is none left."""
+        if not self.positions:
+            return self.settings.max_new_tokens
+        left = self.positions - len(self.text.encoder.encode_prompt(conversation))
+        return min(self.settings.max_new_tokens, left)
 
     def answer(
         self,
@@ -80,22 +99,39 @@ class Speaker:
         seeds: Sequence[tuple[int, ...]],
         on_token: Callable[[int, int], None] | None = None,
     ) -> list[Answer]:
-        """Answers to several conversations, sampled together."""
+        """Answers to several conversations, sampled together; as long as all of them have room for."""
         return sample_answers(
             self.loaded.model,
             [self.text.encoder.encode_prompt(c) for c in conversations],
-            self.settings,
+            replace(self.settings, max_new_tokens=min(map(self.room, conversations))),
             seeds=seeds,
             pad_id=self.text.tokens.pad_id,
             autocast=self.autocast,
             on_token=on_token,
         )
 
+    def too_long(self, what: str, conversation: Sequence[Message], new_tokens: int) -> DataError:
+        tokens = len(self.text.encoder.encode_prompt(conversation))
+        return DataError(
+            f"{what} has {tokens} tokens, which with {new_tokens} of an answer are more than the model's "
+            f"{self.positions} positions",
+            hint=f"shorten it to {self.positions - new_tokens} tokens"
+            + (", or give a smaller --max-new-tokens" if new_tokens > 1 else ""),
+        )
+
     def words(self, ids: Sequence[int]) -> str:
         return str(self.text.tokenizer.decode(ids, skip_special_tokens=True))
 
     def say(self, conversation: Sequence[Message], *, stream: bool, turn: int = 0) -> str:
-        """Answer one conversation on standard output, token by token if ``stream``."""
+        """Answer one conversation on standard output, token by token if ``stream``.
+
+        Raises:
+            DataError: it leaves no position for an answer.
+        """
+        if (room := self.room(conversation)) < 1:
+            raise self.too_long("the prompt", conversation, 1)
+        if room < self.settings.max_new_tokens:
+            self.screen.line(f"note: {room} of the model's {self.positions} positions are left for the answer")
         ids: list[int] = []
         shown = ""
 
@@ -120,10 +156,15 @@ def answer_file(config: GenerateConfig, speaker: Speaker) -> None:
     """A file of prompts to a file of answers, in its order. A run that was stopped goes on where it was.
 
     Raises:
-        DataError: the output holds answers to other prompts.
+        DataError: the output holds answers to other prompts, or a prompt leaves too few positions for its answer.
     """
     groups, _ = load_records([config.input], "ppo", on_bad_row="error")
     records = [r for group in groups for r in group if isinstance(r, PromptRecord)]
+    for record in records:
+        # All before the first answer; and refused, not cut: an answer must not depend on what it is sampled beside.
+        conversation = _conversation(config, record.prompt)
+        if speaker.room(conversation) < config.max_new_tokens:
+            raise speaker.too_long(f"{record.where}: the prompt", conversation, config.max_new_tokens)
     output = Path(config.output)
     done = _answers_done(output, records, config)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +174,7 @@ def answer_file(config: GenerateConfig, speaker: Speaker) -> None:
     ended = 0
     with (
         output.open("a", encoding="utf-8") as file,
-        speaker.screen.counting("answering", len(records) - done) as tick,
+        speaker.screen.counting(mark("answering"), len(records) - done) as tick,
     ):
         for start in range(done, len(records), config.batch_size):
             part = records[start : start + config.batch_size]
@@ -214,10 +255,22 @@ def chat(config: GenerateConfig, speaker: Speaker, ask: Callable[[str], str]) ->
         if not words:
             continue
         question = Message("user", words)
+        forgotten = 0
+        while history and speaker.room(_conversation(config, [*history, question])) < config.max_new_tokens:
+            history = history[2:]  # a question and its answer
+            forgotten += 1
+        if forgotten:
+            speaker.screen.line(
+                f"note: the {forgotten} oldest questions and answers are forgotten: with an answer of "
+                f"{config.max_new_tokens} tokens they do not fit in the model's {speaker.positions} positions"
+            )
         try:
             answer = speaker.say(_conversation(config, [*history, question]), stream=config.stream, turn=turn)
         except KeyboardInterrupt:
             speaker.screen.line("\n(stopped; this turn is forgotten)")
+            continue
+        except DataError as error:  # one that is too long by itself
+            speaker.screen.line(tr("error: ") + told(error))
             continue
         history += [question, Message("assistant", answer)]
         turn += 1

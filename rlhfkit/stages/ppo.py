@@ -7,11 +7,9 @@ updates. Schulman et al. 2017 (PPO); Ziegler et al. 2019 and Ouyang et al. 2022 
 
 from __future__ import annotations
 
-import copy
-import json
+import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,25 +25,16 @@ from rlhfkit.algo.rewards import RunningMoments, apply_missing_eos_penalty, toke
 from rlhfkit.chat.messages import last_user_text
 from rlhfkit.config.stages import PpoConfig
 from rlhfkit.data.batch import TokenBatch, share
-from rlhfkit.data.records import PromptRecord
-from rlhfkit.data.tokenize import PromptRow, tokenize_prompts
-from rlhfkit.errors import ConfigError
-from rlhfkit.models.load import (
-    LoadedModel,
-    Task,
-    TextSide,
-    backbone,
-    load_frozen_adapter,
-    load_model,
-    reward_head,
-)
-from rlhfkit.models.reward_sources import ModelReward, WeightedReward, open_rewards
+from rlhfkit.data.tokenize import PromptRow
+from rlhfkit.errors import ConfigError, NonFiniteError
+from rlhfkit.models.adapters import VALUE
+from rlhfkit.models.reward_sources import check_rewards
 from rlhfkit.models.sampling import SamplingSettings
 from rlhfkit.models.save import save_model
-from rlhfkit.models.wrappers import PolicyModel, PolicyOutput
+from rlhfkit.models.wrappers import PolicyOutput
 from rlhfkit.runtime.optim import Optimisation, StepResult
 from rlhfkit.runtime.run import Run, StageResult, finished_result, start_run
-from rlhfkit.stages.common import load_for_training, open_text_side, read_records, say_report
+from rlhfkit.stages.common import load_for_training, load_rewards, open_text_side, read_rows
 from rlhfkit.stages.episodes import (
     Episode,
     Rollout,
@@ -56,6 +45,7 @@ from rlhfkit.stages.episodes import (
     score_episodes,
     stack,
 )
+from rlhfkit.stages.ppo_models import held, load_policy, load_reference
 
 SHOWN = ("reward_mean", "kl", "response_tokens", "eos_rate", "loss", "eval_reward_mean")
 ROLLOUT_BATCH = 64  # answers sampled together; the cache of keys and values grows with it
@@ -79,6 +69,7 @@ class UpdateBatch(NamedTuple):
     old_values: Tensor  # [N]
     advantages: Tensor  # [N]
     returns: Tensor  # [N]
+    rows: Tensor  # [N] episode of the token
 
 
 def run(config: PpoConfig) -> StageResult:
@@ -87,10 +78,10 @@ def run(config: PpoConfig) -> StageResult:
         return done
     run = start_run(config)
     ppo = config.ppo
-    if run.sharded:
+    if run.sharded and not run.accelerator.is_fsdp2:
         raise ConfigError(
-            "PPO samples token by token, which sharded weights make too slow to offer",
-            hint="launch it with plain data parallelism (DDP); --quantize 4bit with --lora-rank saves more memory",
+            "PPO gathers sharded weights for its rollouts, which is built for FSDP2 alone",
+            hint="launch it with FSDP2 (docs/distributed.md) or with plain data parallelism (DDP)",
         )
     if config.minibatch_size < run.world:
         raise ConfigError(
@@ -99,28 +90,19 @@ def run(config: PpoConfig) -> StageResult:
         )
 
     # 1. Prompts.
+    check_rewards(ppo.reward, ppo.reward_timeout)
     source, text = open_text_side(config)
-    rows = _read(config, config.data.train, text, run, "training")
-    held_out = _read(config, config.data.eval, text, run, "held out")
-    run.note_data(
-        json.dumps([[m.content for m in r.record.prompt], dict(r.record.columns)], sort_keys=True, default=str).encode()
-        for r in rows
-    )
+    rows, digest, faults = read_rows(config, config.data.train, text, run.screen, "training")
+    held_out, _, more = read_rows(config, config.data.eval, text, run.screen, "held out")
+    run.note_data(digest, faults + more)
 
     # 2. Policy, reference, value function, rewards.
     loaded = load_for_training(config, run, source, text, "causal")
-    reference = _reference(loaded, run)
-    reward = open_rewards(
-        ppo.reward,
-        device=run.device,
-        dtype=run.dtype,
-        micro_batch_tokens=config.optim.micro_batch_tokens,
-        trust_remote_code=config.model.trust_remote_code,
-    )
-    policy = _policy(config, run, loaded, reward)
-    settings = SamplingSettings(
-        ppo.max_new_tokens, ppo.temperature, text.tokens.stop_ids, vocabulary=len(text.tokenizer)
-    )
+    reference = load_reference(loaded, run)
+    reward = load_rewards(config, ppo, run, policy=loaded)
+    policy = load_policy(config, run, loaded, reward)
+    run.screen.line(f"models held: {held(loaded, policy, reward)}")
+    settings = SamplingSettings(ppo.max_new_tokens, ppo.temperature, text.tokens.stop_ids, vocabulary=text.vocabulary)
 
     # 3. Optimiser and the state that a resume needs.
     per_step = ppo.rollout_size // ppo.samples_per_prompt  # prompts
@@ -142,36 +124,39 @@ def run(config: PpoConfig) -> StageResult:
 
     run.begin(load_state)
 
-    def roll_out(prompts: Sequence[PromptRow], samples: int, seed: tuple[int, ...]) -> tuple[Rollout, dict[str, float]]:
+    def roll_out(
+        prompts: Sequence[PromptRow], samples: int, step: int, seed: tuple[int, ...]
+    ) -> tuple[Rollout, dict[str, float]]:
         """Sample, score and look back; processes share the work by prompt and exchange the results."""
         started = time.perf_counter()
         indexed = [(i * samples + k, row) for i, row in enumerate(prompts) for k in range(samples)]
         mine = [item for item in indexed if item[0] // samples % run.world == run.rank]
         policy.eval()
-        episodes = sample_episodes(
-            loaded.model, mine, text, settings, seed=seed, batch_size=ROLLOUT_BATCH, autocast=run.autocast
-        )
-        sampled = time.perf_counter()
-        score_episodes(episodes, reward)
-        look_back(
-            episodes,
-            policy,
-            reference,
-            settings,
-            pad_id=text.tokens.pad_id,
-            device=run.device,
-            micro_batch_tokens=config.optim.micro_batch_tokens,
-            autocast=run.autocast,
-        )
+        with update.whole_weights():
+            episodes = sample_episodes(
+                loaded.model, mine, text, settings, seed=seed, batch_size=ROLLOUT_BATCH, autocast=run.autocast
+            )
+            sampled = time.perf_counter()
+            score_episodes(episodes, reward)
+            look_back(
+                episodes,
+                policy,
+                reference,
+                settings,
+                device=run.device,
+                micro_batch_tokens=run.micro_batch_tokens,
+                autocast=run.autocast,
+            )
         everyone = gather_object(episodes) if run.world > 1 else episodes
         rollout = stack(sorted(everyone, key=lambda e: e.index), run.device)
+        _refuse_not_finite(rollout, run, step)
         scored = time.perf_counter()
         return rollout, {"seconds_rollout": sampled - started, "seconds_score": scored - sampled}
 
     def evaluate() -> dict[str, Any]:
         if not held_out:
             return {}
-        rollout, _ = roll_out(held_out, ppo.eval_samples, (config.run.seed, EVALUATION))
+        rollout, _ = roll_out(held_out, ppo.eval_samples, run.step, (config.run.seed, EVALUATION))
         run.samples([_sample(e) for e in rollout.episodes[:: ppo.eval_samples][:SAMPLES]])
         return {f"eval_{name}": value for name, value in _describe(rollout).items()}
 
@@ -184,12 +169,12 @@ def run(config: PpoConfig) -> StageResult:
     with run.steps("ppo", total) as steps:
         for step in steps:
             prompts = [rows[i] for i in prompts_of_step(len(rows), per_step, config.run.seed, step)]
-            rollout, seconds = roll_out(prompts, ppo.samples_per_prompt, (config.run.seed, step))
+            rollout, seconds = roll_out(prompts, ppo.samples_per_prompt, step, (config.run.seed, step))
             scores = _shape_scores(rollout, config, running)
             targets = _targets(rollout, scores, controller.coef, config)
             started = time.perf_counter()
             lr, kl_coef = update.lr, controller.coef
-            measured = _update(rollout, targets, update, config, run, settings, text.tokens.pad_id, step, kl_coef)
+            measured = _update(rollout, targets, update, config, run, settings, step, kl_coef)
             metrics = {
                 **measured,
                 "lr": lr,
@@ -202,6 +187,7 @@ def run(config: PpoConfig) -> StageResult:
                 "seconds_update": time.perf_counter() - started,
             }
             controller.update(metrics["kl"], ppo.rollout_size)
+            run.histogram("rewards", rollout.scores.tolist(), step)
             run.finish_step(step, total, metrics, shown=SHOWN, state=state, evaluate=evaluate)
 
     # 5. The result.
@@ -219,7 +205,6 @@ def _update(
     config: PpoConfig,
     run: Run,
     settings: SamplingSettings,
-    pad_id: int,
     step: int,
     kl_coef: float,
 ) -> dict[str, Any]:
@@ -240,35 +225,45 @@ def _update(
             tokens = int(rollout.mask[torch.as_tensor(minibatch, device=rollout.mask.device)].sum())
             mine = share(minibatch.tolist(), run.rank, run.world)
             micro_batches = [
-                _gather(rollout, targets, group, pad_id, run.device)
-                for group in by_tokens([rollout.episodes[i] for i in mine], config.optim.micro_batch_tokens)
+                _gather(rollout, targets, group, run.device)
+                for group in by_tokens([rollout.episodes[i] for i in mine], run.micro_batch_tokens)
             ]
-            sums = torch.zeros(len(names), device=run.device)
+            seen: list[tuple[Tensor, Tensor]] = []  # of each pass: loss per token, sums of what is measured
 
-            def loss_of(micro: UpdateBatch, n: int = tokens, sums: Tensor = sums) -> Tensor:
+            def loss_of(
+                micro: UpdateBatch, n: int = tokens, seen: list[tuple[Tensor, Tensor]] = seen, first: bool = not results
+            ) -> Tensor:
                 out: PolicyOutput = update.module(micro.tokens, settings.temperature, settings.vocabulary)
-                policy = policy_loss(out.logprobs, micro.old_logprobs, micro.advantages, ppo.cliprange)
-                loss = policy.loss.sum()
-                value = torch.zeros_like(loss)
+                # Before the first step the policy is the one that sampled. Its ratio is 1, and not 1 up to the rounding
+                # of two passes that were packed differently.
+                old_logprobs = out.logprobs.detach() if first else micro.old_logprobs
+                policy = policy_loss(out.logprobs, old_logprobs, micro.advantages, ppo.cliprange)
+                loss, value = policy.loss, torch.zeros_like(policy.loss)
                 if ppo.advantage == "gae":
-                    value = value_loss(out.values, micro.old_values, micro.returns, ppo.value_cliprange).sum()
+                    value = value_loss(out.values, micro.old_values, micro.returns, ppo.value_cliprange)
                     loss = loss + ppo.value_coef * value
                 if ppo.advantage == "grpo":  # there the KL is part of the loss, not of the reward
-                    loss = loss + kl_coef * kl_estimate(out.logprobs, micro.ref_logprobs, config.kl_estimator).sum()
+                    loss = loss + kl_coef * kl_estimate(out.logprobs, micro.ref_logprobs, config.kl_estimator)
                 if ppo.entropy_coef:
-                    loss = loss - ppo.entropy_coef * out.entropy.sum()
+                    loss = loss - ppo.entropy_coef * out.entropy
                 with torch.no_grad():
-                    moved = kl_estimate(micro.old_logprobs, out.logprobs.detach(), "k3").sum()
-                    sums += torch.stack(
-                        [policy.loss.sum(), value, policy.clipped.sum(), policy.ratio.sum(), out.entropy.sum(), moved]
-                    ).detach()
-                return loss / n
+                    moved = kl_estimate(micro.old_logprobs, out.logprobs, "k3")
+                    of_tokens = (policy.loss, value, policy.clipped, policy.ratio, out.entropy, moved)
+                    seen.append((loss.detach(), torch.stack([x.float().sum() for x in of_tokens])))
+                return loss.sum() / n
 
-            first = [rollout.episodes[int(minibatch[0])]]
-            result = update.step(micro_batches, loss_of, spare=_gather(rollout, targets, first, pad_id, run.device))
-            means = [v / tokens for v in run.sum_over_processes(sums.tolist())]
-            for name, value in zip(names, means, strict=True):
-                totals[name] += value
+            spare = _gather(rollout, targets, [rollout.episodes[int(minibatch[0])]], run.device)
+            result = update.step(micro_batches, loss_of, spare)
+            del seen[len(micro_batches) :]  # passes over the spare
+            if not math.isfinite(result.loss):
+                found = [m.rows[~loss.isfinite()] for m, (loss, _) in zip(micro_batches, seen, strict=True)]
+                raise _not_finite("the loss", rollout, [i for rows in found for i in rows.tolist()], run, step)
+            if not math.isfinite(result.grad_norm) and run.precision != "fp16":  # whose loss scaler skips such steps
+                raise _not_finite("the gradient", rollout, minibatch.tolist(), run, step)
+            sums = torch.stack([s for _, s in seen]).sum(dim=0).tolist() if seen else [0.0] * len(names)
+            means = [v / tokens for v in run.sum_over_processes(sums)]
+            for name, mean in zip(names, means, strict=True):
+                totals[name] += mean
             ratio_first = means[3] if ratio_first is None else ratio_first
             kl_of_epoch.append(means[5])
             results.append(result)
@@ -284,9 +279,26 @@ def _update(
     }
 
 
-def _gather(
-    rollout: Rollout, targets: Targets, episodes: Sequence[Episode], pad_id: int, device: torch.device
-) -> UpdateBatch:
+def _refuse_not_finite(rollout: Rollout, run: Run, step: int) -> None:
+    """Stop before such numbers reach the weights."""
+    for what, values in (
+        ("the policy's log-probability", rollout.logprobs),
+        ("the reference's log-probability", rollout.ref_logprobs),
+        ("the value", rollout.values),
+        ("the score", rollout.scores[:, None]),
+    ):
+        if bad := (~values.isfinite()).any(dim=1).nonzero().flatten().tolist():
+            raise _not_finite(what, rollout, bad, run, step)
+
+
+def _not_finite(what: str, rollout: Rollout, rows: Sequence[int], run: Run, step: int) -> NonFiniteError:
+    """The error that names the prompts of these episodes, wherever they were computed."""
+    everywhere = gather_object(list(rows)) if run.world > 1 else rows
+    places = sorted({rollout.episodes[i].prompt.record.where for i in everywhere})
+    return run.not_finite(what, step, places)
+
+
+def _gather(rollout: Rollout, targets: Targets, episodes: Sequence[Episode], device: torch.device) -> UpdateBatch:
     """Some episodes, with what was found out about each of their answer tokens."""
     rows = torch.tensor([e.index for e in episodes], device=device)
     mask = rollout.mask[rows]
@@ -295,12 +307,13 @@ def _gather(
         return values[rows][mask]
 
     return UpdateBatch(
-        collate_episodes(episodes, pad_id, device),
+        collate_episodes(episodes, device),
         flat(rollout.logprobs),
         flat(rollout.ref_logprobs),
         flat(rollout.values),
         flat(targets.advantages),
         flat(targets.returns),
+        rows[:, None].expand_as(mask)[mask],
     )
 
 
@@ -341,73 +354,19 @@ def prompts_of_step(count: int, per_step: int, seed: int, step: int) -> list[int
     return [int(orders[epoch][within]) for epoch, within in places]
 
 
-# -- models ------------------------------------------------------------------------------------------------------------
-
-
-def _reference(loaded: LoadedModel, run: Run) -> PolicyModel | None:
-    """The policy as it is now. With adapters it is the base without them, or a frozen copy of the SFT adapter."""
-    if loaded.is_lora:
-        if loaded.source.adapter is not None:
-            load_frozen_adapter(loaded.model, loaded.source.adapter, "reference")
-        return None
-    # Weights in the same format as the policy's: a difference in rounding would be a KL of its own.
-    frozen = copy.deepcopy(loaded.model).requires_grad_(False).eval()
-    return PolicyModel(frozen, None).to(run.device)
-
-
-def _policy(config: PpoConfig, run: Run, loaded: LoadedModel, reward: WeightedReward) -> PolicyModel:
-    ppo = config.ppo
-    entropy_gradient = ppo.entropy_coef > 0
-    if ppo.advantage != "gae":
-        return PolicyModel(loaded.model, None, entropy_gradient=entropy_gradient)
-    if ppo.value_model == "shared":
-        return PolicyModel(loaded.model, "shared", entropy_gradient=entropy_gradient)
-    return _with_value_model(config, run, loaded, reward, entropy_gradient)
-
-
-def _with_value_model(
-    config: PpoConfig, run: Run, loaded: LoadedModel, reward: WeightedReward, entropy_gradient: bool
-) -> PolicyModel:
-    """A value model of its own: starts as the reward model where that reads the same ids, else as the policy."""
-    like_policy = [
-        source.scorer
-        for _, _, source in reward.sources
-        if isinstance(source, ModelReward)
-        and source.scorer.text.tokenizer.get_vocab() == loaded.text.tokenizer.get_vocab()
-        and backbone(source.scorer.loaded.model).config.hidden_size == backbone(loaded.model).config.hidden_size
-    ]
-    start = like_policy[0].loaded if like_policy else loaded
-    task: Task = "reward" if like_policy else "causal"
-    # All its weights train, so they are float32 whatever the policy's base is held in.
-    fresh = load_model(
-        start.source,
-        start.text,
-        task,
-        lora=type(config.lora)(),
-        dtype=torch.float32,
-        gradient_checkpointing=config.optim.gradient_checkpointing,
-        trust_remote_code=config.model.trust_remote_code,
-    )
-    policy = PolicyModel(loaded.model, backbone(fresh.model), entropy_gradient=entropy_gradient)
-    if like_policy and policy.value_head is not None:
-        head = reward_head(fresh.model)
-        with torch.no_grad():
-            policy.value_head.weight.copy_(head.weight)  # type: ignore[arg-type]
-    run.screen.line(f"value model: starts as {start.source.path}")
-    return policy
+# -- records ----------------------------------------------------------------------------------------------------------
 
 
 def _save_value(module: Any, run: Run) -> None:
     """The value function, in a folder of its own: other loaders would stumble over it beside the policy."""
     state = run.accelerator.get_state_dict(module)
-    values = {k: v.contiguous() for k, v in state.items() if k.startswith(("value_head", "value_trunk"))}
+    values = {
+        k: v.contiguous() for k, v in state.items() if k.startswith(("value_head", "value_trunk")) or f".{VALUE}." in k
+    }
     if run.is_main and values:
         folder = run.out / "value"
         folder.mkdir(exist_ok=True)
         save_file(values, folder / "value.safetensors")
-
-
-# -- figures -----------------------------------------------------------------------------------------------------------
 
 
 def _describe(rollout: Rollout) -> dict[str, float]:
@@ -420,13 +379,8 @@ def _describe(rollout: Rollout) -> dict[str, float]:
         "response_tokens": float(rollout.mask.sum(dim=1).float().mean()),
         "eos_rate": float(rollout.ended.float().mean()),
     }
-    names = list(rollout.episodes[0].components)
-    if len(names) > 1:
-        # runs/a/final and runs/b/final are told apart by more than their last part.
-        last = [Path(name).name for name in names]
-        for name, short in zip(names, last if len(set(last)) == len(last) else names, strict=True):
-            scores = [e.components[name] for e in rollout.episodes]
-            found[f"reward/{short}"] = sum(scores) / len(scores)
+    for name in rollout.episodes[0].components:
+        found[f"reward/{name}"] = sum(e.components[name] for e in rollout.episodes) / len(rollout.episodes)
     return found
 
 
@@ -444,14 +398,3 @@ def _sample(episode: Episode) -> dict[str, Any]:
         "reward": episode.score,
         "ended": episode.ended,
     }
-
-
-def _read(config: PpoConfig, specs: list[str], text: TextSide, run: Run, what: str) -> list[PromptRow]:
-    if not specs:
-        return []
-    records: list[PromptRecord] = read_records(config, specs, run.screen, mixed=what == "training")
-    limit = min(config.ppo.max_prompt_length, config.data.max_length - config.ppo.max_new_tokens)
-    with run.screen.counting(f"tokenising {what} prompts", len(records)) as tick:
-        rows, report = tokenize_prompts(records, text.encoder, limit, tick)
-    say_report(run.screen, what, report)
-    return rows

@@ -12,21 +12,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from accelerate.utils import gather_object
 from torch import Tensor
 
+from rlhfkit.algo.calibration import evaluation_report
 from rlhfkit.algo.losses import ranking_loss
 from rlhfkit.config.stages import RmConfig
-from rlhfkit.data.batch import BatchOrder, share, split_by_tokens
-from rlhfkit.data.records import PreferenceRecord
-from rlhfkit.data.tokenize import PairRow, tokenize_pairs
-from rlhfkit.models.load import TextSide
+from rlhfkit.data.batch import BatchOrder, share
+from rlhfkit.data.packing import Packed, Tree, group_by_tokens
+from rlhfkit.data.tokenize import PairRow
 from rlhfkit.models.save import save_model
-from rlhfkit.models.scoring import pad_rows
+from rlhfkit.models.scoring import POOLING, collate_conversations
 from rlhfkit.models.wrappers import RewardModel
 from rlhfkit.runtime.optim import Optimisation
 from rlhfkit.runtime.run import Run, StageResult, finished_result, start_run
-from rlhfkit.stages.common import load_for_training, open_text_side, read_records, say_report
+from rlhfkit.stages.common import load_for_training, open_text_side, read_rows
+from rlhfkit.stages.reward_report import write_evaluation
 
 SHOWN = ("loss", "accuracy", "margin", "eval_accuracy", "lr", "tokens_per_second")
 STATISTICS_ROWS = 512  # training pairs that give mean and std of the score when no held-out pairs are given
@@ -35,9 +36,9 @@ STATISTICS_ROWS = 512  # training pairs that give mean and std of the score when
 class PairBatch(NamedTuple):
     """Answers of several prompts, and which of them are compared."""
 
-    input_ids: Tensor  # [A, T] one row per answer
-    attention_mask: Tensor  # [A, T]
-    chosen: Tensor  # [P] row of the better answer of each pair
+    tokens: Packed  # each prompt once, however many answers it has
+    last: Tensor  # [A] where each answer ends
+    chosen: Tensor  # [P] number of the better answer of each pair
     rejected: Tensor  # [P]
     margin: Tensor  # [P]
     weight: Tensor  # [P] 1 / pairs of its prompt
@@ -54,17 +55,19 @@ class PairSums(NamedTuple):
 
 def run(config: RmConfig) -> StageResult:
     """Train; see the module's first lines. ``final/`` holds backbone and head, and how scores were made."""
+    if config.engine == "trl":
+        from rlhfkit.stages import trl_stages
+
+        return trl_stages.run(config)
     if (done := finished_result(config)) is not None:
         return done
     run = start_run(config)
 
     # 1. Pairs to token ids.
     source, text = open_text_side(config)
-    rows = _read(config, config.data.train, text, run, "training")
-    held_out = _read(config, config.data.eval, text, run, "held out")
-    run.note_data(
-        row.prompt.tobytes() + b"".join(a.tobytes() for a in row.answers) + str(row.margin).encode() for row in rows
-    )
+    rows, digest, faults = read_rows(config, config.data.train, text, run.screen, "training")
+    held_out, _, more = read_rows(config, config.data.eval, text, run.screen, "held out")
+    run.note_data(digest, faults + more)
 
     # 2. Model with its head, optimiser, order of the data.
     loaded = load_for_training(config, run, source, text, "reward")
@@ -73,28 +76,11 @@ def run(config: RmConfig) -> StageResult:
     update = Optimisation(run.accelerator, RewardModel(loaded.model), config.optim, total)
     run.begin(update.load_state_dict)
 
-    def micro_batches(batch: Sequence[PairRow]) -> list[PairBatch]:
-        mine = share(batch, run.rank, run.world)
-        sizes = [len(row.answers) * (len(row.prompt) + max(map(len, row.answers))) for row in mine]
-        groups = split_by_tokens(sizes, config.optim.micro_batch_tokens)
-        return [collate_pairs([mine[i] for i in group], text.tokens.pad_id, run.device) for group in groups]
-
-    @torch.no_grad()
     def evaluate() -> dict[str, Any]:
         if not held_out:
             return {}
-        update.module.eval()
-        loss = torch.zeros((), device=run.device)
-        sums = []
-        spare = collate_pairs(held_out[:1], text.tokens.pad_id, run.device)
-        for micro, weight in update.lockstep(micro_batches(held_out), spare):
-            scores = update.module(micro.input_ids, micro.attention_mask)
-            if weight:
-                loss += (_losses(scores, micro, config) * micro.weight).sum()
-                sums.append(pair_sums(scores, micro))
-        update.module.train()
-        means = _means([loss, *map(sum, zip(*sums, strict=True))] if sums else [0.0] * 5, len(held_out), run)
-        return {"eval_loss": means[0], **{f"eval_{n}": v for n, v in zip(PairSums._fields, means[1:], strict=True)}}
+        passes = update.lockstep(pair_batches(held_out, run), spare=collate_pairs(held_out[:1], run.device))
+        return evaluate_pairs(update.module, passes, len(held_out), config, run)
 
     if run.step == 0 and held_out:
         before = evaluate()
@@ -109,13 +95,14 @@ def run(config: RmConfig) -> StageResult:
             sums: list[PairSums] = []
 
             def loss_of(micro: PairBatch, n: int = len(batch), sums: list[PairSums] = sums) -> Tensor:
-                scores = update.module(micro.input_ids, micro.attention_mask)
+                scores = update.module(micro.tokens, micro.last)
                 sums.append(pair_sums(scores.detach(), micro))
-                return (_losses(scores, micro, config) * micro.weight).sum() / n
+                losses = _losses(scores, micro, config, config.rm.label_smoothing)
+                return (losses * micro.weight).sum() / n
 
-            mine = micro_batches(batch)
+            mine = pair_batches(batch, run)
             lr = update.lr
-            result = update.step(mine, loss_of, spare=collate_pairs(batch[:1], text.tokens.pad_id, run.device))
+            result = update.step(mine, loss_of, spare=collate_pairs(batch[:1], run.device))
             means = _means(
                 [sum(values) for values in zip(*sums[: len(mine)], strict=True)] or [0.0] * 4, len(batch), run
             )
@@ -131,33 +118,78 @@ def run(config: RmConfig) -> StageResult:
 
     # 4. Mean and spread of the scores belong to the model: whoever uses it needs them.
     measured = held_out or rows[:STATISTICS_ROWS]
-    spare = collate_pairs(measured[:1], text.tokens.pad_id, run.device)
-    mean, std = _score_statistics(update.module, update.lockstep(micro_batches(measured), spare), run)
-    record = {
-        "pooling": "last_token",
-        "max_length": config.data.max_length,
-        "score_mean": mean,
-        "score_std": std,
-    }
+    passes = update.lockstep(pair_batches(measured, run), spare=collate_pairs(measured[:1], run.device))
+    record = score_record(update.module, passes, config, run, held_out=bool(held_out))
     return run.finish(lambda folder: save_model(folder, run.accelerator, update.module, loaded, "rm", record))
 
 
-def collate_pairs(rows: Sequence[PairRow], pad_id: int, device: torch.device) -> PairBatch:
+def pair_batches(rows: Sequence[PairRow], run: Run) -> list[PairBatch]:
+    """This process's part of some rows, in micro-batches."""
+    mine = share(rows, run.rank, run.world)
+    trees = [Tree(row.prompt, row.answers) for row in mine]
+    groups = group_by_tokens([(len(t), t.rows, t.longest) for t in trees], run.micro_batch_tokens)
+    return [collate_pairs([mine[i] for i in group], run.device) for group in groups]
+
+
+@torch.no_grad()
+def evaluate_pairs(
+    module: Any, passes: Sequence[tuple[PairBatch, float]], count: int, config: RmConfig, run: Run
+) -> dict[str, float]:
+    """Loss, accuracy, margin and scores of held-out rows, each row weighing the same.
+
+    Args:
+        module: a `RewardModel`, prepared or not.
+        passes: micro-batches with weight 1, and 0 where they are passed over for nothing.
+        count: rows over all processes.
+        config: how the loss is made.
+        run: adds up over processes.
+    """
+    module.eval()
+    loss = torch.zeros((), device=run.device)
+    sums = []
+    for micro, weight in passes:
+        scores = module(micro.tokens, micro.last)
+        if weight:
+            loss += (_losses(scores, micro, config) * micro.weight).sum()
+            sums.append(pair_sums(scores, micro))
+    module.train()
+    means = _means([loss, *map(sum, zip(*sums, strict=True))] if sums else [0.0] * 5, count, run)
+    return {"eval_loss": means[0], **{f"eval_{n}": v for n, v in zip(PairSums._fields, means[1:], strict=True)}}
+
+
+def score_record(
+    module: Any, passes: Sequence[tuple[PairBatch, float]], config: RmConfig, run: Run, *, held_out: bool
+) -> dict[str, Any]:
+    """What a reward model's record says: how scores are made, their mean and spread. Writes evaluation.json if the
+    passes are over held-out rows."""
+    scored = _score_all(module, passes, run)
+    if held_out:
+        write_evaluation(run, evaluation_report(scored.chosen, scored.rejected, scored.weights))
+    return {
+        "pooling": POOLING,
+        "max_length": config.data.max_length,
+        "precision": run.precision,
+        "quantize": config.model.quantize,
+        "score_mean": scored.mean,
+        "score_std": scored.std,
+    }
+
+
+def collate_pairs(rows: Sequence[PairRow], device: torch.device) -> PairBatch:
     """All answers of some prompts as one batch, and all pairs of answers to one prompt."""
-    sequences: list[NDArray[np.int32]] = []
     chosen: list[int] = []
     rejected: list[int] = []
     margin: list[float] = []
     weight: list[float] = []
+    first = 0
     for row in rows:
-        first = len(sequences)
-        sequences += [np.concatenate([row.prompt, answer]) for answer in row.answers]
         pairs = list(combinations(range(first, first + len(row.answers)), 2))  # best first: i is better than j > i
+        first += len(row.answers)
         chosen += [i for i, _ in pairs]
         rejected += [j for _, j in pairs]
         margin += [row.margin] * len(pairs)
         weight += [1.0 / len(pairs)] * len(pairs)
-    batch = pad_rows(sequences, pad_id, device)
+    batch = collate_conversations([Tree(row.prompt, row.answers) for row in rows], device)
     return PairBatch(
         *batch,
         chosen=torch.tensor(chosen, device=device),
@@ -174,30 +206,36 @@ def pair_sums(scores: Tensor, batch: PairBatch) -> PairSums:
     return PairSums(*((part * batch.weight).sum() for part in parts))
 
 
-def _losses(scores: Tensor, batch: PairBatch, config: RmConfig) -> Tensor:
-    return ranking_loss(scores[batch.chosen], scores[batch.rejected], batch.margin, config.rm.center_coef)
+def _losses(scores: Tensor, batch: PairBatch, config: RmConfig, label_smoothing: float = 0.0) -> Tensor:
+    chosen, rejected = scores[batch.chosen], scores[batch.rejected]
+    return ranking_loss(chosen, rejected, batch.margin, config.rm.center_coef, label_smoothing)
 
 
 def _means(sums: Sequence[Any], count: int, run: Run) -> list[float]:
     return [value / count for value in run.sum_over_processes([float(s) for s in sums])]
 
 
+class Scored(NamedTuple):
+    """Scores of all answers of a data set, from all processes, and their pairs."""
+
+    mean: float
+    std: float
+    chosen: list[float]
+    rejected: list[float]
+    weights: list[float]
+
+
 @torch.no_grad()
-def _score_statistics(module: Any, passes: Sequence[tuple[PairBatch, float]], run: Run) -> tuple[float, float]:
+def _score_all(module: Any, passes: Sequence[tuple[PairBatch, float]], run: Run) -> Scored:
     module.eval()
-    made = [(module(micro.input_ids, micro.attention_mask).double(), weight) for micro, weight in passes]
-    scores = [s for s, weight in made if weight]
-    flat = torch.cat(scores) if scores else torch.zeros(0, dtype=torch.float64)
-    count, total, squares = run.sum_over_processes([len(flat), float(flat.sum()), float(flat.square().sum())])
-    mean = total / count
-    return mean, max(squares / count - mean**2, 0.0) ** 0.5
-
-
-def _read(config: RmConfig, specs: list[str], text: TextSide, run: Run, what: str) -> list[PairRow]:
-    if not specs:
-        return []
-    records: list[PreferenceRecord] = read_records(config, specs, run.screen, mixed=what == "training")
-    with run.screen.counting(f"tokenising {what} pairs", len(records)) as tick:
-        rows, report = tokenize_pairs(records, text.encoder, config.data.max_length, tick)
-    say_report(run.screen, what, report)
-    return rows
+    answers: list[float] = []
+    pairs: list[tuple[float, float, float]] = []
+    for micro, weight in passes:
+        scores = module(micro.tokens, micro.last)
+        if weight:
+            answers += scores.tolist()
+            sides = (scores[micro.chosen], scores[micro.rejected], micro.weight)
+            pairs += zip(*(side.tolist() for side in sides), strict=True)
+    answers, pairs = gather_object(answers), gather_object(pairs)
+    mean, std = float(np.mean(answers)), float(np.std(answers))
+    return Scored(mean, std, *map(list, zip(*pairs, strict=True)))

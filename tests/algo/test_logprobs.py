@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhfkit.algo.logprobs import token_logprobs
+from rlhfkit.algo.logprobs import above_mean, token_logprobs
 
 N, H, V = 23, 6, 11
 
@@ -169,3 +169,101 @@ def test_no_tensor_of_tokens_by_vocabulary_is_kept(entropy_gradient: bool) -> No
     assert calls == [(chunk, 8)] * 25
     chunked().backward()
     assert calls == [(chunk, 8)] * 75
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("entropy_gradient", [False, True])
+@pytest.mark.parametrize("vocabulary", [None, 19])
+def test_the_written_out_gradient_is_autograds(bias: bool, entropy_gradient: bool, vocabulary: int | None) -> None:
+    """A plain linear head takes another path than any other callable; both must agree, chunks or not."""
+    torch.manual_seed(0)
+    head = nn.Linear(6, 24, bias=bias)
+    hidden = torch.randn(11, 6, requires_grad=True)
+    targets = torch.randint(19, (11,))
+    push, pull = torch.randn(11), torch.randn(11)
+    results = []
+    for form in (head, lambda h: head(h)):
+        found = token_logprobs(
+            form, hidden, targets, temperature=0.7, vocabulary=vocabulary, entropy_gradient=entropy_gradient,
+            chunk_tokens=4,
+        )  # fmt: skip
+        loss = (found.logprobs * push).sum() + (found.entropy * pull).sum()
+        results.append([*found, *torch.autograd.grad(loss, [hidden, *head.parameters()])])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    assert results[0][0].grad_fn is not results[1][0].grad_fn
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("vocabulary", [None, 8])
+@pytest.mark.parametrize("tokens", [N, 0])
+def test_a_gradient_made_at_once_equals_the_plain_form(temperature: float, vocabulary: int | None, tokens: int) -> None:
+    case, reference = (Case(vocabulary=vocabulary, bias=True, tokens=tokens) for _ in range(2))
+    found = token_logprobs(
+        case.head, case.hidden, case.targets, temperature=temperature, vocabulary=vocabulary, with_entropy=False,
+        equal_weights=True, chunk_tokens=5,
+    )  # fmt: skip
+    log_p = F.log_softmax(reference.head(reference.hidden)[:, :vocabulary] / temperature, dim=-1)
+    logprobs = log_p.gather(1, reference.targets[:, None]).squeeze(1)
+    torch.testing.assert_close(found.logprobs, logprobs)
+    (-0.3 * found.logprobs.sum()).backward()
+    (-0.3 * logprobs.sum()).backward()
+    for mine, theirs in zip(case.gradients(), reference.gradients(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_a_gradient_made_at_once_is_refused_where_targets_weigh_differently() -> None:
+    case = Case()
+    found = token_logprobs(case.head, case.hidden, case.targets, with_entropy=False, equal_weights=True).logprobs
+    with pytest.raises(RuntimeError, match="equal_weights"):
+        (found * torch.linspace(-1, 2, N)).sum().backward()
+
+
+@pytest.mark.parametrize("equal_weights", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_is_added_where_the_weight_says(equal_weights: bool, dtype: torch.dtype) -> None:
+    case, reference = Case(bias=True), Case(bias=True)
+    into = torch.ones(V, H)
+    case.head.weight.main_grad = into  # type: ignore[attr-defined]
+    for one in (case, reference):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            found = token_logprobs(
+                one.head, one.hidden, one.targets, with_entropy=False, equal_weights=equal_weights, chunk_tokens=5
+            )
+        (-0.3 * found.logprobs.sum()).backward()
+    assert case.head.weight.grad is None
+    expected = reference.head.weight.grad
+    assert expected is not None
+    assert case.head.bias.grad is not None
+    torch.testing.assert_close(into - 1, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(case.hidden.grad, reference.hidden.grad)
+    torch.testing.assert_close(case.head.bias.grad, reference.head.bias.grad)
+
+
+# -- label smoothing ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.9])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("linear", [True, False], ids=["linear", "any-head"])
+def test_label_smoothing_is_that_of_cross_entropy(smoothing: float, bias: bool, linear: bool) -> None:
+    case, reference = Case(bias=bias), Case(bias=bias)
+    head = case.head if linear else nn.Sequential(case.head)
+    logprobs = token_logprobs(head, case.hidden, case.targets, with_entropy=False, chunk_tokens=5).logprobs
+    found = -logprobs + smoothing * above_mean(head, case.hidden, case.targets, chunk_tokens=5)
+    logits = reference.head(reference.hidden)
+    expected = F.cross_entropy(logits, reference.targets, label_smoothing=smoothing, reduction="none")
+    torch.testing.assert_close(found, expected)
+    weights = torch.linspace(-1, 2, N)
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for mine, theirs in zip(case.gradients(), reference.gradients(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_label_smoothing_leaves_a_frozen_head_alone() -> None:
+    case = Case()
+    case.head.requires_grad_(False)
+    above_mean(case.head, case.hidden, case.targets).sum().backward()
+    assert case.hidden.grad is not None
+    assert case.head.weight.grad is None

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rlhfkit.algo.losses import policy_loss, ranking_loss, value_loss
@@ -27,6 +28,18 @@ def test_equal_scores_cost_ln_2_and_a_margin_more() -> None:
     zero = torch.zeros(1)
     assert float(ranking_loss(zero, zero, zero)) == pytest.approx(math.log(2))
     assert float(ranking_loss(zero, zero, zero + 1)) == pytest.approx(math.log(1 + math.e))
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.4])
+def test_smoothed_ranking_loss_is_a_mixture_of_both_orders(smoothing: float) -> None:
+    """The cross-entropy of sigmoid(r_chosen - r_rejected - margin) with the label 1 - smoothing."""
+    chosen, rejected = torch.tensor([1.0, -2.0, 30.0]), torch.tensor([0.5, 1.0, -60.0])
+    margin = torch.tensor([0.0, 0.5, 0.0])
+    found = ranking_loss(chosen, rejected, margin, label_smoothing=smoothing)
+    expected = F.binary_cross_entropy_with_logits(
+        chosen - rejected - margin, torch.full((3,), 1 - smoothing), reduction="none"
+    )
+    torch.testing.assert_close(found, expected)
 
 
 def test_far_wrong_pairs_stay_finite_and_keep_their_gradient() -> None:

@@ -365,3 +365,16 @@ def test_the_date_of_a_template_is_the_same_every_day() -> None:
 
 def test_encoded_chats_compare_by_value() -> None:
     assert EncodedChat([1], [True]) == EncodedChat([1], [True])
+
+
+def test_special_tokens_of_one_character_are_text() -> None:
+    """Baichuan's user-defined symbols, digits among them, are special tokens once its tokenizer is converted."""
+    tokenizer = byte_level()
+    tokenizer.add_tokens(["7", "!"], special_tokens=True)
+    encoder = own(TURN, tokenizer)
+    encoded = encoder.encode([Message("user", "7 of 17!"), Message("assistant", "7!")])
+    assert tokens(encoder, encoded.ids).count("7") == 3
+    assert encoder.tokenizer.decode([i for i, s in zip(encoded.ids, encoded.supervised, strict=True) if s]) == (
+        "7!<|im_end|>"
+    )
+    assert not encoder.has_control("7!")

@@ -54,6 +54,13 @@ def inputs(workplace: Path, tiny_model: Path) -> None:
 
 
 MISTAKES = {
+    # sampling
+    "top-p in PPO": (
+        "ppo",
+        "--reward rewards.py:zero --top-p 0.9 --set ppo.top_k=50",
+        2,
+        ["ppo.top_p: PPO samples from the whole distribution", "ppo.top_k: PPO samples from the whole distribution"],
+    ),
     # data
     "missing file": ("sft", "--data god.jsonl", 1, ["god.jsonl: no such file or folder", "good.jsonl"]),
     "missing folder": ("sft", "--data x/y.jsonl", 1, ["x/y.jsonl: no such file; its folder x does not exist either"]),

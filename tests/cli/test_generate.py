@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import write_jsonl
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhfkit.chat.messages import Message
 
@@ -175,3 +178,62 @@ def test_a_model_as_adapter_is_refused(cli: Any) -> None:
     outcome = cli("generate", "--model", "tiny", "--adapter", "tiny", "--prompt", "x", *SHORT)
     assert outcome.code == 1
     assert outcome.err == "error: tiny is no LoRA folder: it has no adapter_config.json\n"
+
+
+LONG = "a film " * 100  # tokens: about 200, of the 512 positions that the model has
+
+
+def test_a_prompt_longer_than_the_model_is_an_error(cli: Any) -> None:
+    outcome = cli("generate", "--model", "tiny", "--prompt", LONG * 3, *SHORT)
+    assert outcome.code == 1
+    assert re.search(
+        r"the prompt has \d{3} tokens, which with 1 of an answer are more than .* 512 positions", outcome.err
+    )
+    assert outcome.out == ""
+
+
+def test_padding_rows_are_told_and_never_drawn(cli: Any) -> None:
+    """Even where they are the likeliest by far; the answer is the one of the model without such rows."""
+    whole = cli("generate", "--model", "tiny", "--prompt", "one", "--temperature", "0", *SHORT)
+    assert "note: ids 339 to 383 are padding rows of the head, no tokens: they are never drawn" in whole.err
+    model = AutoModelForCausalLM.from_pretrained("tiny")
+    with torch.no_grad():
+        model.get_output_embeddings().weight[339:] *= 1000
+    model.save_pretrained("loud")
+    AutoTokenizer.from_pretrained("tiny").save_pretrained("loud")
+    loud = cli("generate", "--model", "loud", "--prompt", "one", "--temperature", "0", *SHORT)
+    assert loud.out == whole.out
+
+
+def test_what_is_left_for_the_answer_is_said(cli: Any, asked: Conversations) -> None:
+    outcome = cli("generate", "--model", "tiny", "--prompt", LONG * 2, "--precision", "fp32", "--max-new-tokens", "400")
+    assert outcome.code == 0, outcome.err
+    assert re.search(r"note: \d+ of the model's 512 positions are left for the answer", outcome.err)
+    refused = cli("generate", "--model", "tiny", "--prompt", "one", "--max-new-tokens", "512")
+    assert refused.code == 2
+    assert "max_new_tokens: 512 leave no room for a prompt in the 512 positions of tiny" in refused.err
+
+
+def test_a_file_with_too_long_a_prompt_is_refused_before_the_first_answer(cli: Any, asked: Conversations) -> None:
+    write_jsonl(Path("prompts.jsonl"), [{"prompt": "one"}, {"prompt": LONG * 3}])
+    outcome = cli("generate", "--model", "tiny", "--input", "prompts.jsonl", "--output", "answers.jsonl", *SHORT)
+    assert outcome.code == 1
+    assert "prompts.jsonl:2: the prompt has " in outcome.err
+    assert asked == []
+    assert not Path("answers.jsonl").exists()
+
+
+def test_a_chat_forgets_its_oldest_turns_when_it_is_full(
+    cli: Any, asked: Conversations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"one\n{LONG}\n{LONG}\n{LONG}\n{LONG * 3}\nsix\n/exit\n"))
+    outcome = cli("generate", "--model", "tiny", "--system", "s", *SHORT)
+    assert outcome.code == 0, outcome.err
+    first, second, third, fourth, sixth = asked
+    assert (len(first), len(second), len(third)) == (2, 4, 6)
+    assert fourth[0] == sixth[0] == ("system", "s")
+    assert len(fourth) < 8
+    assert fourth[-1] == ("user", LONG.strip())
+    assert re.search(r"note: the [123] oldest questions and answers are forgotten", outcome.err)
+    assert "error: the prompt has " in outcome.err  # the fifth, by itself
+    assert sixth[-1] == ("user", "six")

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import read_metrics
 from safetensors.torch import load_file
+
+from rlhfkit.stages import sft
 
 SMALL = ("--precision", "fp32", "--max-length", "128", "--batch-size", "4", "--max-steps", "2", "--trackers", "none")
 
@@ -86,27 +89,49 @@ def test_plan_says_the_memory_and_stops(
     outcome = cli(stage, *base, *flags, "--plan")
     assert outcome.code == 0, outcome.err
     assert f"rlhfkit {stage}: memory on one cpu device" in outcome.out
-    assert "in all, about" in outcome.out
+    assert "the most at one time, about" in outcome.out
     assert words in outcome.out
     assert not Path("run").exists()
     assert not Path("runs").exists()
 
 
-def test_plan_adds_up() -> None:
-    """On a model large enough to show in GiB: what training all weights needs by definition is there."""
-    from rlhfkit.config.load import load_config
-    from rlhfkit.config.stages import SftConfig
-    from rlhfkit.stages.plan import memory_parts
+def test_where_an_error_came_up_is_shown_when_asked_for(
+    cli: Any, sft_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = ("sft", "--model", "tiny", "--data", sft_file, "--out", "/proc/run", *SMALL)
+    short = cli(*run)
+    assert (short.code, short.out) == (1, "")
+    assert "RLHFKIT_DEBUG=1" in short.err
+    assert "Traceback" not in short.err
+    monkeypatch.setenv("RLHFKIT_DEBUG", "1")
+    shown = cli(*run)
+    assert shown.code == 1
+    assert "Traceback (most recent call last)" in shown.err
+    assert re.search(r"run\.py\", line \d+, in begin", shown.err)
+    assert "No such file or directory: '/proc/run'" in shown.err or "error: /proc/run: " in shown.err
+    assert "in find_recipe" in cli("sft", "absent-recipe").err  # our own kind of error too
 
-    shape = {"model_type": "llama", "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24,
-             "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 32000}  # fmt: skip
-    weights = 2 * 32000 * 1024 + 24 * (4 * 1024**2 + 3 * 1024 * 2816 + 2 * 1024) + 1024
-    config = load_config(SftConfig, flags={"model.path": "m", "data.train": ["d"], "model.precision": "bf16"})
-    parts = list(memory_parts(config, shape, 32000, ("q_proj",)).values())
-    assert parts[:3] == pytest.approx([4 * weights / 2**30, 4 * weights / 2**30, 8 * weights / 2**30])
-    lora = load_config(SftConfig, flags={"model.path": "m", "data.train": ["d"], "lora.rank": 8})
-    parts = list(memory_parts(lora, shape, 32000, ("q_proj",)).values())
-    assert parts[2] == pytest.approx(8 * 24 * 8 * 2048 / 2**30)  # AdamW: two float32 numbers for each of A and B
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:128] . DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_full_memory_is_told_with_what_takes_less(
+    cli: Any, sft_file: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    def full(config: Any) -> None:
+        raise fault
+
+    monkeypatch.setattr(sft, "run", full)
+    outcome = cli("sft", "--model", "tiny", "--data", sft_file, "--out", "run", *SMALL)
+    assert (outcome.code, outcome.out) == (1, "")
+    told, hint = outcome.err.splitlines()
+    assert told == "error: memory is full: " + str(fault).partition("\n")[0]
+    assert "--micro-batch-tokens" in hint
+    assert "--plan" in hint
 
 
 def test_a_damaged_folder_is_mended_by_the_command_its_error_names(cli: Any, tiny_model: Path, sft_file: Path) -> None:

@@ -18,7 +18,12 @@ NEEDED: dict[str, dict[str, Any]] = {
     "sft": SFT,
     "rm": SFT,
     "ppo": {**SFT, "ppo.reward": ["r.py:f"]},
+    "dpo": SFT,
+    "kto": SFT,
+    "grpo": {**SFT, "grpo.reward": ["r.py:f"]},
+    "rloo": {**SFT, "rloo.reward": ["r.py:f"]},
     "generate": {"model": "m"},
+    "score": {"model": "m", "data": ["d.jsonl"]},
 }
 
 
@@ -394,7 +399,12 @@ CHANGED = {
     "sft": {**SFT, "lora.rank": 8, "lora.alpha": 3.5, "optim.lr": 3e-7, "data.train": ["电影.jsonl=0.5", "b: c"]},
     "rm": {**SFT, "rm.center_coef": 0.01, "data.eval": ["e"], "run.eval_every": 3, "run.trackers": ["none"]},
     "ppo": {**NEEDED["ppo"], **GRPO, "ppo.kl_coef": 0, "optim.scheduler": "linear", "ppo.max_new_tokens": 9},
+    "dpo": {**SFT, "dpo.loss": "robust", "dpo.label_smoothing": 0.2, "dpo.sft_coef": 0.1},
+    "kto": {**SFT, "kto.beta": 0.3, "kto.desirable_weight": 1.5, "optim.batch_size": 2},
+    "grpo": {**NEEDED["grpo"], "grpo.kl_coef": 0.1, "grpo.samples_per_prompt": 4, "optim.lr": 1e-5},
+    "rloo": {**NEEDED["rloo"], "rloo.kl_coef": 0, "rloo.temperature": 0.7, "rloo.max_new_tokens": 9},
     "generate": {"model": "m", "prompt": "什么是电影？\n'\"", "stream": False, "temperature": 0.0},
+    "score": {"model": "m", "data": ["电影.jsonl", "b"], "json_totals": True, "max_length": 64, "quantize": "4bit"},
 }
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 import pytest
 import torch
 
-from rlhfkit.data.batch import BatchOrder, TokenRow, collate, share, split_by_tokens, token_row
+from rlhfkit.data.batch import BatchOrder, TokenRow, collate, share, token_row
 
 
 def random_rows(seed: int, lengths: tuple[int, ...]) -> list[TokenRow]:
@@ -19,68 +17,38 @@ def random_rows(seed: int, lengths: tuple[int, ...]) -> list[TokenRow]:
 # -- collate -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pad_id", [0, 5])  # 5 is also a real token, as where pad equals eos
-def test_collate_to_the_number(pad_id: int) -> None:
+def test_collate_to_the_number() -> None:
     rows = [
         token_row([7, 8, 5], [False, False, True]),
         token_row([5, 6, 5, 9, 5], [True, False, True, True, True]),
         token_row([5, 5], [False, True]),
     ]
-    batch = collate(rows, pad_id)
-    p = pad_id
-    assert batch.input_ids.tolist() == [[7, 8, 5, p, p], [5, 6, 5, 9, 5], [5, 5, p, p, p]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
-    # Token 2 of row 0 is predicted at place 1; tokens 2, 3, 4 of row 1 at 1, 2, 3; token 1 of row 2 at its start.
-    assert batch.positions.tolist() == [1, 6, 7, 8, 10]
+    batch = collate(rows)
+    assert batch.tokens.input_ids.tolist() == [7, 8, 5, 5, 6, 5, 9, 5, 5, 5]
+    assert batch.tokens.position_ids.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 0, 1]
+    # Token 2 of row 0 is predicted at place 1; tokens 2, 3, 4 of row 1 at 4, 5, 6; token 1 of row 2 at its start.
+    assert batch.positions.tolist() == [1, 4, 5, 6, 8]
     assert batch.targets.tolist() == [5, 5, 9, 5, 5]
-    assert {t.dtype for t in batch} == {torch.int64}
 
 
 def test_the_first_token_is_never_a_target_even_in_a_later_row() -> None:
     """Its hidden state in front would be the last one of the row above."""
-    batch = collate([token_row([1, 2], [True, True]), token_row([3, 4], [True, False])], 0)
+    batch = collate([token_row([1, 2], [True, True]), token_row([3, 4], [True, False])])
     assert batch.positions.tolist() == [0]
     assert batch.targets.tolist() == [2]
 
 
 def test_row_counts_its_targets_as_collate_does() -> None:
     rows = random_rows(0, (1, 2, 5, 9, 9))
-    assert [row.targets for row in rows] == [len(collate([row], 0).targets) for row in rows]
-    assert len(collate(rows, 0).targets) == sum(row.targets for row in rows)
+    assert [row.targets for row in rows] == [len(collate([row]).targets) for row in rows]
+    assert len(collate(rows).targets) == sum(row.targets for row in rows)
     assert [len(row) for row in rows] == [1, 2, 5, 9, 9]
 
 
-def test_targets_follow_their_positions() -> None:
-    rows = random_rows(1, (4, 11, 7))
-    batch = collate(rows, 0)
-    found = list(zip(batch.positions.tolist(), batch.targets.tolist(), strict=True))
-    expected = [(i * 11 + t - 1, int(row.ids[t])) for i, row in enumerate(rows) for t in range(1, len(row))
-                if row.supervised[t]]  # fmt: skip
-    assert found == expected
-
-
-# -- micro-batches -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("limit", [1, 16, 40, 100, 10**6])
-def test_micro_batches_hold_every_row_once_within_the_limit(limit: int) -> None:
-    lengths = np.random.default_rng(0).integers(1, 40, size=60).tolist()
-    groups = split_by_tokens(lengths, limit)
-    assert sorted(i for group in groups for i in group) == list(range(60))
-    for group in groups:
-        assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= limit
-    # No group could have taken the next row too.
-    for group, following in pairwise(groups):
-        assert (len(group) + 1) * max(lengths[i] for i in group) > limit
-        assert min(lengths[i] for i in group) >= max(lengths[i] for i in following)
-
-
-def test_micro_batches_by_hand() -> None:
-    assert split_by_tokens([3, 9, 5, 5, 1, 2], 10) == [[1], [2, 3], [0, 5, 4]]
-    assert split_by_tokens([3, 3, 3], 9) == [[0, 1, 2]]
-    assert split_by_tokens([3, 3, 3], 8) == [[0, 1], [2]]
-    assert split_by_tokens([20, 20, 1], 10) == [[0], [1], [2]]
-    assert split_by_tokens([], 10) == []
+def test_collate_leaves_the_rows_as_they_were() -> None:
+    rows = [token_row([1, 2], [True, True])]
+    collate(rows)
+    assert rows[0].supervised.tolist() == [True, True]
 
 
 # -- order -------------------------------------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from rlhfkit.chat.messages import Conversation, Message
-from rlhfkit.data.parse import ACCEPTED_FORMATS, Stage, parse_row
-from rlhfkit.data.read import RawRow
-from rlhfkit.data.records import PreferenceRecord, PromptRecord, SftRecord
+from rlhfkit.data.parse import ACCEPTED_FORMATS, Stage, fault_kind, fault_place, likely_stage, parse_row
+from rlhfkit.data.records import LabelledRecord, PreferenceRecord, PromptRecord, SftRecord
+from rlhfkit.data.rows import RawRow
 from rlhfkit.errors import DataError
 
 WHERE = "rows.jsonl:7"
@@ -502,3 +502,93 @@ def test_long_rows_are_named_in_short() -> None:
     assert found.count("column") == 12
     assert found.endswith("…, …")
     assert len(found) < 700
+
+
+# --- what a row is for ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "stage"),
+    [
+        ({"prompt": "q", "response": "a"}, "sft"),
+        ({"prompt": "q", "response": ""}, "sft"),
+        ({"prompt": "q", "response": None}, "sft"),
+        ({"instruction": "q", "input": "", "output": "a"}, "sft"),
+        ({"messages": roles("q", "a")}, "sft"),
+        ({"conversations": sharegpt("q", "a", "r")}, "sft"),
+        ({"text": "words", "label": 1}, "sft"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "rm"),
+        ({"prompt": "q", "chosen": "a", "rejected": "a"}, "rm"),
+        ({"prompt": "q", "chosen": "a"}, "rm"),
+        ({"instruction": "q", "output": "", "chosen": "a", "rejected": "b"}, "rm"),
+        ({"chosen": hh("q", "a"), "rejected": hh("q", "b")}, "rm"),
+        ({"messages": roles("q"), "chosen": "a", "rejected": "b"}, "rm"),
+        ({"instruction": "q", "output": ["a", "b"]}, "rm"),
+        ({"prompt": "q", "answers": ["a", "b"]}, "rm"),
+        ({"prompt": "q"}, "ppo"),
+        ({"prompt": "q", "chosen": None, "rejected": None}, "ppo"),
+        ({"prompt": "q", "text": "Question: q"}, "ppo"),
+        ({"messages": roles("q")}, "ppo"),
+        ({"instruction": "q", "input": ""}, "ppo"),
+        ({"question": "q", "level": 3}, "ppo"),
+        ({"turns": ["q", "r"]}, "ppo"),
+        ({"title": "t", "body": "b"}, None),
+        ({}, None),
+    ],
+)
+def test_likely_stage(fields: dict[str, Any], stage: Stage | None) -> None:
+    assert likely_stage(fields) == stage
+
+
+@pytest.mark.parametrize(
+    ("stage", "fields", "kind"),
+    [
+        ("sft", {"prompt": "q", "response": " "}, "empty answer"),
+        ("sft", {"messages": roles("q", "")}, "empty answer"),
+        ("sft", {"instruction": "q", "output": "a", "history": [["u", ""]]}, "empty answer"),
+        ("rm", {"prompt": "q", "chosen": "", "rejected": "b"}, "empty answer"),
+        ("rm", {"prompt": "q", "chosen": "a", "rejected": "a"}, "equal answers"),
+        ("rm", {"chosen": roles("q", "a"), "rejected": roles("q", "a")}, "equal answers"),
+        ("sft", {"messages": roles("", "a")}, "other"),
+        ("sft", {"prompt": "the answer is empty"}, "other"),
+        ("rm", {"prompt": "q", "answers": "so there is nothing to prefer"}, "other"),
+    ],
+)
+def test_fault_kind(stage: Stage, fields: dict[str, Any], kind: str) -> None:
+    message = f"{WHERE}: {fault(stage, fields)}"
+    assert fault_kind(message) == kind
+    if ": field " in message:
+        assert fault_place(message) == WHERE
+
+
+# -- kto --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "answers", "labels"),
+    [
+        ({"prompt": "q", "completion": "a", "label": True}, ("a",), (True,)),
+        ({"prompt": "q", "response": "a", "label": "False"}, ("a",), (False,)),
+        ({"instruction": "q", "output": "a", "label": 1}, ("a",), (True,)),
+        ({"messages": roles("q", "a"), "label": "0"}, ("a",), (False,)),
+        ({"prompt": "q", "chosen": "good", "rejected": "bad"}, ("good", "bad"), (True, False)),
+        ({"prompt": "q", "answers": ["best", "fair", "worst"]}, ("best", "worst"), (True, False)),
+    ],
+)
+def test_labelled_answers(fields: dict[str, Any], answers: tuple[str, ...], labels: tuple[bool, ...]) -> None:
+    assert parse("kto", fields) == LabelledRecord(WHERE, chat("q"), answers, labels)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"prompt": "q", "completion": "a"}, "the row has neither a label nor ranked answers"),
+        ({"prompt": "q", "completion": "a", "label": None}, 'field "label": null where true or false is needed'),
+        ({"prompt": "q", "completion": "a", "label": "good"}, "where true (desirable) or false is needed"),
+        ({"prompt": "q", "completion": "a", "label": 0.5}, "the number 0.5 where true (desirable) or false"),
+        ({"prompt": "q", "completion": " ", "label": True}, 'field "completion": the answer is empty'),
+        ({"text": "all of it", "label": True}, "plain text has no answer to label"),
+    ],
+)
+def test_faults_of_labelled_rows(fields: dict[str, Any], words: str) -> None:
+    assert words in fault("kto", fields)

@@ -12,7 +12,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from rlhfkit.data.read import RawRow, read_rows
+from rlhfkit.data import text
+from rlhfkit.data.read import read_rows
+from rlhfkit.data.rows import RawRow
 from rlhfkit.errors import DataError
 
 ROWS = [{"prompt": "你好，世界", "response": 'a "b", c;\td'}, {"prompt": "two\nlines", "response": "x"}]
@@ -76,6 +78,7 @@ def parquet_bytes(folder: Path, rows: list[dict[str, Any]], **options: Any) -> b
         ("comma.csv", CSV),
         ("bom.csv", "\ufeff" + CSV),
         ("semicolon.csv", CSV.replace(",response", ";response").replace('界",', '界";').replace('es",', 'es";')),
+        ("pipe.csv", CSV.replace(",response", "|response").replace('界",', '界"|').replace('es",', 'es"|')),
         ("tab.csv", CSV.replace(",response", "\tresponse").replace('界",', '界"\t').replace('es",', 'es"\t')),
         ("tab.tsv", CSV.replace(",response", "\tresponse").replace('界",', '界"\t').replace('es",', 'es"\t')),
     ],
@@ -132,6 +135,67 @@ def test_json_lines_are_never_held_whole(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < path.stat().st_size / 8
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.jsonl.gz"])
+def test_a_row_of_a_megabyte_is_a_row(tmp_path: Path, name: str) -> None:
+    rows = [{"a": "好" * 350_000 + str(i), "b": "x"} for i in range(3)]
+    lines = {
+        "a.json": json.dumps(rows, ensure_ascii=False),
+        "a.csv": "a,b\n" + "".join(f"{row['a']},x\n" for row in rows),
+    }.get(name, "".join(json.dumps(row) + "\n" for row in rows))
+    assert fields(write(tmp_path, name, gzip.compress(lines.encode(), 1) if name.endswith("gz") else lines)) == rows
+
+
+@pytest.mark.parametrize("start", ["[", "\ufeff \n[\n"])
+def test_a_json_array_is_never_held_whole(tmp_path: Path, start: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "_CHUNK_BYTES", 1 << 16)
+    items = ",".join(['{"a": "' + "好" * 700 + '"}'] * 4_000)
+    path = write(tmp_path, "a.json", start + items + "]")
+    tracemalloc.start()
+    assert sum(1 for _ in read_rows(path)) == 4_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < path.stat().st_size / 8
+
+
+HARD = [
+    {"a": '你好 \u2028 \\ " ] } , [ {', "b": [1, -2.5e-7, True, None, {}, [], {"é": "😀" * 9}]},
+    {"a": "x" * 90, "b": 12345678901234567890},
+    {"messages": [{"role": "user", "content": "]"}] * 4},
+]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 61])
+@pytest.mark.parametrize("form", [{}, {"indent": 1}, {"ensure_ascii": False}])
+def test_an_array_is_the_same_wherever_its_pieces_end(
+    tmp_path: Path, size: int, form: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = json.dumps(HARD, **form)
+    path = write(tmp_path, "a.json", "\ufeff" + whole)
+    monkeypatch.setattr(text, "_CHUNK_BYTES", size)
+    assert fields(path) == HARD
+    # A cut anywhere is a fault in the line of the cut; a number alone may end where it was cut.
+    for end in range(len(whole) - 1, 10, -7):
+        write(tmp_path, "a.json", whole[:end])
+        place = f"a.json:{whole.count(chr(10), 0, end) + 1}"
+        found = message(path)
+        assert found.startswith(place) or "Unterminated" in found
+        assert ": the file ends inside the array, at row " in found or "not valid JSON" in found
+
+
+def test_a_fault_far_into_an_array_has_its_line_and_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "_CHUNK_BYTES", 100)
+    rows = [json.dumps({"a": "x" * 50}) for _ in range(30)]
+    path = write(tmp_path, "a.json", "[" + ",\n".join(rows) + ',\n{"a": 1, "b": oops}]')
+    assert message(path) == "a.json:31: not valid JSON at column 15: Expecting value; the parser saw 'oops}]'"
+    path = write(tmp_path, "b.json", "[" + ",".join(rows) + ', {"a": oops}]')
+    column = 1 + sum(len(row) + 1 for row in rows) + len(' {"a": ') + 1
+    assert message(path).startswith(f"b.json:1: not valid JSON at column {column}: Expecting value;")
+    path = write(tmp_path, "c.json", ("[" + ",\n".join(rows)).encode() + b',\n{"a": "\xff"}]')
+    assert message(path).startswith("c.json:31: not UTF-8: byte 0xff at offset ")
+    offset = int(message(path).split("offset ")[1].split(";")[0])
+    assert path.read_bytes()[offset] == 0xFF
 
 
 def test_a_lone_object_with_the_fields_of_a_row_is_a_row(tmp_path: Path) -> None:
@@ -272,6 +336,17 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         ("a.jsonl", '{"a": ' + "[" * 100_000 + "\n{}\n", "a.jsonl:1: the JSON is nested too deeply"),
         ("a.csv", "a,b\n1,2,3\n", "a.csv:2: the row has 3 cells, the header 2 (a, b)"),
         ("a.csv", 'a,b\n1,2\n3,"4\n5,6\n', "a.csv:3: not valid CSV: a double quote opened in this row is never closed"),
+        ("a.csv", "a,b\r1,2\r3,4\r", "a.csv:1: a carriage return without a line feed, outside double quotes"),
+        ("a.csv", "a,b\n1,2\r\n3,x\ry\n", "a.csv:3: a carriage return without a line feed, outside double quotes"),
+        ("a.csv", "sep=;\na;b\n1;2\n", "a.csv:1: a line that tells Excel the separator, and no header"),
+        ("a.csv", "a,b\n'1, 2',3\n", "a.csv:2: the row has 3 cells, the header 2 (a, b)"),
+        ("a.csv", 'a,b\n"1 \\"2\\"",3\n', "a.csv:2: not valid CSV: ',' expected after '\"'"),
+        ("a.jsonl", '{"a": 1}, \n{"a": 2}\n', "a.jsonl:1: not valid JSON at column 9: Extra data; the parser saw ','"),
+        (
+            "a.jsonl",
+            '{"a": 1}\r{"a": 2}\r',
+            "a.jsonl:1: not valid JSON at column 10: Extra data; the parser saw '{\"a\": 2}'",
+        ),
         ("a.csv", "a,b,a\n1,2,3\n", 'a.csv:1: the header names the column "a" twice'),
         ("a.csv", "a,,b\n1,2,3\n", "a.csv:1: column 2 of the header has no name"),
         ("a.parquet", b"PAR1 and nothing else", "a.parquet: damaged Parquet file: Parquet magic bytes not found in"),

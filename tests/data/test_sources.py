@@ -13,7 +13,7 @@ import pytest
 
 from rlhfkit.chat.messages import Message
 from rlhfkit.data.records import Record, SftRecord
-from rlhfkit.data.sources import DataSource, LoadReport, load_records, mix, parse_source
+from rlhfkit.data.sources import DataSource, LoadReport, detect_stage, load_records, mix, parse_source
 from rlhfkit.errors import ConfigError, DataError
 
 
@@ -253,7 +253,7 @@ def test_local_files_do_not_import_the_hub_library(monkeypatch: pytest.MonkeyPat
 
 
 def test_weight_one_keeps_all_rows_in_order() -> None:
-    assert mix([[3, 1, 2], [9, 8]], [1.0, 1.0], seed=0) == [3, 1, 2, 9, 8]
+    assert list(mix([[3, 1, 2], [9, 8]], [1.0, 1.0], seed=0)) == [3, 1, 2, 9, 8]
 
 
 def test_whole_copies_then_a_sample_without_replacement() -> None:
@@ -268,19 +268,49 @@ def test_whole_copies_then_a_sample_without_replacement() -> None:
 
 def test_a_fraction_is_a_seeded_sample_in_order() -> None:
     rows = list(range(100))
-    drawn = mix([rows], [0.25], seed=1)
+    drawn = list(mix([rows], [0.25], seed=1))
     assert len(drawn) == 25
     assert drawn == sorted(set(drawn))
-    assert drawn == mix([rows], [0.25], seed=1)
-    assert drawn != mix([rows], [0.25], seed=2)
+    assert drawn == list(mix([rows], [0.25], seed=1))
+    assert drawn != list(mix([rows], [0.25], seed=2))
     assert drawn != rows[:25]
 
 
 def test_the_draw_of_a_source_does_not_depend_on_the_others() -> None:
     rows = list(range(100))
-    assert mix([[0] * 7, rows], [0.5, 0.2], seed=3)[-20:] == mix([[], rows], [1.0, 0.2], seed=3)
+    assert mix([[0] * 7, rows], [0.5, 0.2], seed=3)[-20:] == list(mix([[], rows], [1.0, 0.2], seed=3))
 
 
 def test_mix_needs_a_weight_for_each_source() -> None:
     with pytest.raises(ValueError, match="zip"):
         mix([[1], [2]], [1.0], seed=0)
+
+
+# --- what a source is for ---------------------------------------------------------------------------------------------
+
+
+def test_the_stage_is_that_of_most_rows(hub: list[tuple[str, str]]) -> None:
+    prompts = [{"prompt": f"q{i}"} for i in range(3)]
+    assert detect_stage(save("few.jsonl", *prompts[:2], *[pair(str(i)) for i in range(3)]) + "=0.5") == "sft"
+    assert detect_stage(save("more.jsonl", pair("1"), *prompts)) == "ppo"
+    assert detect_stage(save("ranked.jsonl", {"prompt": "q", "chosen": "a", "rejected": "a"})) == "rm"
+    assert detect_stage("us/rows") == "sft"
+    Path("broken.jsonl").write_text('{"prompt": "q", "response": "a"}\n{"prompt": q}\n', encoding="utf-8")
+    assert detect_stage("broken.jsonl") == "sft"
+
+
+def test_rows_of_no_stage_are_refused() -> None:
+    with pytest.raises(DataError) as caught:
+        detect_stage(save("odd.jsonl", {"title": "t", "body": "b"}))
+    assert caught.value.message == "odd.jsonl: its rows fit no stage; the fields of the first are title, body"
+    with pytest.raises(DataError, match=r"nothing\.jsonl: no such file"):
+        detect_stage("nothing.jsonl")
+
+
+def test_empty_answers_are_counted_apart() -> None:
+    rows = [{"prompt": "q", "response": text} for text in ("a", "", "b", " ", None)]
+    _, report = load(save("rows.jsonl", *rows), on_bad_row="skip")
+    (source,) = report.sources
+    assert (source.rows_kept, source.rows_skipped, source.empty_answers.count) == (2, 3, 2)
+    assert source.empty_answers.first == ["rows.jsonl:2", "rows.jsonl:4"]
+    assert source.equal_answers.count == 0

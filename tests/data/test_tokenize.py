@@ -13,7 +13,7 @@ import pytest
 from rlhfkit.chat.messages import Message
 from rlhfkit.chat.template import ChatEncoder, load_template
 from rlhfkit.data.batch import TokenRow
-from rlhfkit.data.records import PreferenceRecord, PromptRecord, SftRecord
+from rlhfkit.data.records import PreferenceRecord, PromptRecord, SftRecord, Tally
 from rlhfkit.data.tokenize import tokenize_pairs, tokenize_prompts, tokenize_sft
 from rlhfkit.errors import DataError
 from rlhfkit.families.conformance import byte_tokenizer
@@ -78,7 +78,7 @@ def test_a_row_with_nothing_to_learn_is_left_out_and_named(encoder: ChatEncoder)
     records = [sft("ok", where="a.jsonl:1"), *(sft("ok", "Why is it so?", where=f"a.jsonl:{n}") for n in (2, 3))]
     rows, report = tokenize_sft(records, encoder, LENGTH + 3)
     assert [text(encoder, row.ids) for row in rows] == [PROMPT + "ok<|im_end|>"]
-    assert report.left_out == {"nothing to learn within --max-length": ["a.jsonl:2", "a.jsonl:3"]}
+    assert report.left_out == {"nothing to learn within --max-length": Tally(2, ["a.jsonl:2", "a.jsonl:3"])}
     assert (report.rows, report.tokens, report.supervised, report.truncated) == (3, LENGTH + 3, 3, 2)
     assert report.sentences() == [
         "2 of 3 rows were longer than --max-length and were cut",
@@ -201,7 +201,7 @@ def test_long_prompts_are_left_out_whole(encoder: ChatEncoder) -> None:
     rows, report = tokenize_prompts(records, encoder, LENGTH, tick)
     assert [text(encoder, row.prompt) for row in rows] == [PROMPT, PROMPT.replace("Why", "How")]
     assert [row.record for row in rows] == [records[0], records[2]]
-    assert report.left_out == {"prompt longer than 23 tokens": ["q.jsonl:2", "q.jsonl:4"]}
+    assert report.left_out == {"prompt longer than 23 tokens": Tally(2, ["q.jsonl:2", "q.jsonl:4"])}
     assert (report.rows, report.tokens, report.truncated) == (4, 2 * LENGTH, 0)
     assert report.sentences() == ["2 of 4 rows left out: prompt longer than 23 tokens (first: q.jsonl:2)"]
     assert tick.count == 4

@@ -86,6 +86,10 @@ def test_a_sound_family_has_no_faults() -> None:
         ),
         ({"requires_conversion": ("old",)}, "requires_conversion names old, which model_types does not claim"),
         (
+            {"requires_conversion": ("mine",)},
+            "requires_conversion names model types, and there is no legacy_layout to convert them by",
+        ),
+        (
             {"pad_candidates": ("<|im_end|>", "<pad>")},
             "pad_candidates names '<|im_end|>', which also stops generation, before '<pad>': put it last",
         ),

@@ -71,7 +71,7 @@ def rlhfkit_calls(line: str) -> Iterator[list[str]]:
 
 def faults_of(call: list[str]) -> list[str]:
     """What is wrong with the words after `rlhfkit`: an unknown command or option, a missing value, a word too many."""
-    if not call or call[0] in {"--version", *HELP}:
+    if not call or call[0] in {"--version", "--install-completion", "--show-completion", *HELP}:
         return []
     name, *rest = call
     if name not in OPTIONS:
@@ -90,8 +90,9 @@ def faults_of(call: list[str]) -> list[str]:
                 faults.append(f"{option} needs a value")
             else:
                 words.pop(0)
-    most = sum(p.param_type_name == "argument" for p in GROUP.commands[name].params)
-    if positional > most:
+    arguments = [p for p in GROUP.commands[name].params if p.param_type_name == "argument"]
+    most = len(arguments)
+    if positional > most and not any(p.nargs == -1 for p in arguments):
         faults.append(f"'{name}' takes at most {most} words, {positional} are given")
     return faults
 

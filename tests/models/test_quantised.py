@@ -28,7 +28,7 @@ def gradients(module: LanguageModel) -> dict[str, torch.Tensor]:
     row = token_row([5, 6, 7, 8, 9], [False, False, True, True, True])
     module.train()
     module.zero_grad()
-    (-module(collate([row], 0)).logprobs.sum()).backward()
+    (-module(collate([row])).logprobs.sum()).backward()
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
@@ -46,7 +46,7 @@ def test_an_evaluation_does_not_change_the_gradients(wider_model):
         before = gradients(module)
         module.eval()
         with torch.no_grad():
-            module(collate([token_row([5, 6, 7], [False, True, True])], 0))
+            module(collate([token_row([5, 6, 7], [False, True, True])]))
         after = gradients(module)
     assert set(before) == set(after)
     assert all(torch.equal(before[name], after[name]) for name in before)

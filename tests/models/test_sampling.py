@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from rlhfkit.models.attention import takes_packed, use_packed_attention
 from rlhfkit.models.sampling import Answer, SamplingSettings, draw, sample_answers
 
 ROWS, VOCABULARY = 64, 40  # rows of the head; ids that are tokens
@@ -92,6 +93,15 @@ def test_impossible_tokens_do_not_come_at_the_ends_of_the_interval(top_p: float)
     assert draw(logits.expand(2, -1), ends, drawing(top_p=top_p)).tolist() == [1, 3]
 
 
+def test_logits_that_are_no_numbers_do_not_break_the_loop() -> None:
+    """Whoever looks at the answer's probabilities can say which row it was."""
+    for bad in (torch.nan, torch.inf):
+        logits = torch.tensor([[0.0, bad, 1.0], [0.0, 1.0, -torch.inf]])
+        broken, sound = draw(logits, torch.tensor([0.3, 0.99]), drawing()).tolist()
+        assert broken in range(3)
+        assert sound == 1
+
+
 def test_a_large_vocabulary_is_summed_exactly() -> None:
     size = 150_000
     wanted = torch.tensor([0, 1, 777, 74_999, 149_998, 149_999])
@@ -110,8 +120,8 @@ def test_rare_tokens_behind_likely_ones_can_be_drawn() -> None:
 # -- answers -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
+@pytest.fixture(scope="module", params=["padded", "lines"])
+def model(request: pytest.FixtureRequest) -> Any:
     """Untied, so that the head's rows beyond the vocabulary can be made the likeliest of all."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -119,7 +129,9 @@ def model() -> Any:
         num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=False, initializer_range=0.2,
         bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config).eval()
+    assert request.param == "padded" or use_packed_attention(model)
+    return model
 
 
 PROMPTS = [[5, 9, 2, 31], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9], [12, 30], [22, 22, 22, 22, 22, 22], [3, 17, 0]]
@@ -163,14 +175,16 @@ def test_a_ragged_batch_equals_one_at_a_time(model: Any, how: SamplingSettings) 
     assert found == [answer_alone(model, p, how, s) for p, s in zip(PROMPTS, SEEDS, strict=True)]
 
 
-def test_positions_are_counted_from_the_first_real_token() -> None:
+@pytest.mark.parametrize("lines", [False, True])
+def test_positions_are_counted_from_the_first_real_token(lines: bool) -> None:
     """Rotary models see distances alone; one with a table of positions tells a padded prompt from a shifted one."""
     torch.manual_seed(3)
     config = GPT2Config(
         vocab_size=ROWS, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3,
         bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    model = GPT2LMHeadModel(config).eval()
+    model: Any = GPT2LMHeadModel(config).eval()
+    assert not lines or use_packed_attention(model)
     found = sample_answers(model, PROMPTS, settings(), seeds=SEEDS, pad_id=PAD)
     assert found == [answer_alone(model, p, settings(), s) for p, s in zip(PROMPTS, SEEDS, strict=True)]
     assert len({len(a.ids) for a in found}) >= 3
@@ -207,6 +221,27 @@ def test_an_answer_does_not_depend_on_its_batch(model: Any, batch_size: int) -> 
             model, [PROMPTS[i] for i in part], settings(), seeds=[SEEDS[i] for i in part], pad_id=PAD
         )
         assert found == [together[i] for i in part]
+
+
+SHARED = [[5, 9, 2, 31], [5, 9, 2], [5, 9, 2, 31], [5, 9, 2, 30, 4], [5, 9, 2, 31]]
+
+
+def test_what_prompts_begin_with_is_read_once(model: Any) -> None:
+    """Several answers of one prompt among prompts that begin alike, one of them being another's beginning."""
+    read: list[int] = []
+
+    def seen(module: Any, args: Any, kwargs: Any) -> None:
+        read.append(kwargs["input_ids"].numel())
+
+    hook = model.register_forward_pre_hook(seen, with_kwargs=True)
+    try:
+        found = sample_answers(model, SHARED, settings(), seeds=SEEDS[:5], pad_id=PAD)
+    finally:
+        hook.remove()
+    assert found == [answer_alone(model, p, settings(), s) for p, s in zip(SHARED, SEEDS, strict=False)]
+    assert len({len(a.ids) for a in found}) >= 3
+    # [5, 9] once and [2, 31], [2], [2, 30, 4] behind it; or three rows of five cells.
+    assert read[0] == (8 if takes_packed(model) else 15)
 
 
 def test_seeds_make_the_difference(model: Any) -> None:
@@ -254,7 +289,8 @@ def test_finished_answers_leave_the_batch(model: Any) -> None:
         hook.remove()
     lengths = [len(a.ids) for a in found]
     alive = [sum(n > step for n in lengths) for step in range(max(lengths))]
-    assert sizes == [(6, 9), *((n, 1) for n in alive[1:])]
+    first = (1, sum(map(len, PROMPTS))) if takes_packed(model) else (6, 9)
+    assert sizes == [first, *((n, 1) for n in alive[1:])]
     assert alive[-1] < 6
 
 

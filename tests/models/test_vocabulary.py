@@ -8,9 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PhiConfig, PhiForCausalLM
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PhiConfig,
+    PhiForCausalLM,
+)
 
-from rlhfkit.models.load import grow_vocabulary
+from rlhfkit.models.vocabulary import forbid_padding_rows, grow_vocabulary, rows_for, token_count
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 PROMPT = torch.tensor([[3, 99, 17, 0]])
@@ -128,3 +135,54 @@ def test_new_rows_of_a_bf16_model_are_the_mean_rounded_once() -> None:
     weight = model.get_input_embeddings().weight
     assert weight.dtype == torch.bfloat16
     assert torch.equal(weight[100:], old.float().mean(dim=0).bfloat16().expand(28, -1))
+
+
+# -- ids and rows ------------------------------------------------------------------------------------------------------
+
+
+class Words:
+    """A tokenizer as far as its vocabulary goes."""
+
+    def __init__(self, *ids: int) -> None:
+        self._vocabulary = {f"word {i}": i for i in ids}
+
+    def get_vocab(self) -> dict[str, int]:
+        return self._vocabulary
+
+
+def test_ids_with_gaps_count_up_to_the_highest() -> None:
+    assert token_count(Words(0, 1, 2)) == 3
+    assert token_count(Words(0, 1, 7)) == 8
+    assert token_count(Words()) == 0
+
+
+def test_rows_are_padded_to_64_when_they_grow_and_never_taken_away() -> None:
+    assert [rows_for(tokens, 100) for tokens in (5, 100, 101, 129)] == [100, 100, 128, 192]
+
+
+def test_plain_transformers_do_not_draw_padding_rows_either() -> None:
+    model = tiny(tied=False)
+    with torch.no_grad():
+        model.lm_head.weight[90:] = 50 * model.lm_head.weight.mean(dim=0).sign()  # likely, one way or the other
+        model.lm_head.weight[95:] *= -1
+    kept = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    assert model.generate(PROMPT, **kept)[0, 4:].max() >= 90
+    told = forbid_padding_rows(model.generation_config, 90, 100, stored_rows=100)
+    assert told.startswith("ids 90 to 99 are padding rows")
+    assert model.generate(PROMPT, **kept)[0, 4:].max() < 90
+
+
+def test_what_else_was_suppressed_stays_and_what_became_a_token_does_not() -> None:
+    config = GenerationConfig(suppress_tokens=[3])
+    assert forbid_padding_rows(config, 98, 100, stored_rows=100) == (
+        "ids 98 to 99 are padding rows of the head, no tokens: they are never drawn when sampling"
+    )
+    assert config.suppress_tokens == [3, 98, 99]
+    # A template brought three tokens: two of them in rows that stood empty, one in a new row.
+    forbid_padding_rows(config, 101, 104, stored_rows=100)
+    assert config.suppress_tokens == [3, 101, 102, 103]
+    assert forbid_padding_rows(config, 104, 104, stored_rows=104) == ""
+    assert config.suppress_tokens == [3]
+    config = GenerationConfig()
+    assert forbid_padding_rows(config, 100, 100, stored_rows=100) == ""
+    assert config.suppress_tokens is None

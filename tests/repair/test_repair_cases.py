@@ -336,9 +336,11 @@ def test_damaged_config_is_replaced_and_kept(tmp_path: Path) -> None:
 
 def test_links_are_followed_when_read_and_replaced_when_written(tmp_path: Path) -> None:
     """A snapshot of the hub's cache is a folder of links: the cached files behind them must not change."""
-    src, dst = pair(tmp_path, "qwen", lambda dst: edit_json(dst / "config.json", fp32=True))
-    cache = tmp_path / "cache"
+    snapshots, cache = tmp_path / "snapshots", tmp_path / "blobs"
+    snapshots.mkdir()
     cache.mkdir()
+    src, dst = pair(snapshots, "qwen", lambda dst: edit_json(dst / "config.json", fp32=True))
+    (dst / "cpp_kernels.py").unlink()
     for folder in (src, dst):
         for path in list(folder.iterdir()):
             path.rename(cache / f"{folder.name}-{path.name}")

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +15,11 @@ from accelerate import Accelerator
 from conftest import read_metrics, write_jsonl
 from safetensors.torch import load_file
 
-from rlhfkit.config.load import load_config
-from rlhfkit.config.stages import SftConfig
+from rlhfkit.config.load import dump_config, load_config
+from rlhfkit.config.stages import STAGES, SftConfig
 from rlhfkit.errors import CheckpointError, ConfigError
 from rlhfkit.runtime.checkpoint import checkpoint_folders
-from rlhfkit.runtime.run import Run, StageResult
+from rlhfkit.runtime.run import Run, StageResult, check_folder
 from rlhfkit.stages import sft
 
 Flags = dict[str, Any]
@@ -82,11 +83,13 @@ def test_a_run_that_died_goes_on_from_its_newest_whole_checkpoint(flags: Flags, 
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "loss": 0.')  # the line that was being written
     shutil.copytree(out / "checkpoints/step-2", out / "checkpoints/.partial-step-8")
+    shutil.copytree(out / "checkpoints/step-2", out / "checkpoints/.partial-step-1")  # it was being deleted
     (out / "checkpoints/step-8").mkdir()
     resumed = train(flags, **{"run.resume": True})
     assert same_weights(resumed.final, whole.final)
     rows, expected = read_metrics(out), read_metrics(whole.out)
     assert rows[-1]["resumed_from"] == 6
+    assert not [p for p in (out / "checkpoints").iterdir() if p.name.startswith(".")]
     for name in ("step", "loss", "grad_norm", "lr", "tokens_total"):
         assert [row[name] for row in rows] == [row[name] for row in expected]
     assert [row["step"] for row in rows[:-1]] == list(range(1, STEPS + 1))
@@ -184,10 +187,12 @@ def test_a_full_disk_keeps_the_older_checkpoint(flags: Flags, out: Path, fault: 
 
 def test_a_full_disk_at_the_first_checkpoint(flags: Flags, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def save_state(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise RuntimeError("unexpected pos 29248 vs 29136")  # what torch says of it
 
     monkeypatch.setattr(Accelerator, "save_state", save_state)
-    with pytest.raises(CheckpointError, match="checkpoint of step 2 could not be written") as error:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
+    words = "checkpoint of step 2 could not be written to .*: the disk is full: unexpected pos"
+    with pytest.raises(CheckpointError, match=words) as error:
         train(flags)
     assert error.value.hint == "make room and start again"
     assert list((out / "checkpoints").iterdir()) == []
@@ -227,3 +232,19 @@ def test_a_longer_schedule_is_refused(flags: Flags) -> None:
     die_in_step(flags, 5)
     with pytest.raises(ConfigError, match=r"another result: optim\.epochs: 3\.0 -> 4\.0"):
         train(flags, **{"run.resume": True, "optim.epochs": 4})
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo", "rloo"])
+def test_the_patience_with_a_reward_server_may_differ(stage: str, settings: Callable[..., Flags], out: Path) -> None:
+    url: dict[str, Any] = {f"{stage}__reward": ["http://127.0.0.1:1/score"], "data__train": ["prompts.jsonl"]}
+    url |= {f"{stage}__max_new_tokens": 8, "optim__batch_size": 8}
+    before, after = (
+        load_config(STAGES[stage], flags={**settings("run", **url, **more), "run.resume": bool(more)})
+        for more in ({}, {f"{stage}__reward_timeout": 5.0, f"{stage}__reward_retries": 9})
+    )
+    out.mkdir(exist_ok=True)
+    (out / "config.resolved.yaml").write_text(dump_config(before))
+    check_folder(after, out)
+    changed = load_config(STAGES[stage], flags={**settings("run", **url), "run.resume": True, f"{stage}.kl_coef": 0.3})
+    with pytest.raises(ConfigError, match=rf"{stage}\.kl_coef: \S+ -> 0\.3"):
+        check_folder(changed, out)

@@ -106,6 +106,7 @@ def test_ctrl_c_saves_and_says_the_command_that_goes_on(command: list[str], unbr
     assert_equals(Path("my run"), unbroken)
 
 
+@pytest.mark.slow
 def test_kill_9_at_random_moments(command: list[str], unbroken: Path) -> None:
     """A checkpoint every second step: many of the moments lie within the writing of one."""
     command = [*command, "--save-every", "2", "--resume"]

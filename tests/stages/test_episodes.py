@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from rlhfkit.chat.messages import Message
 from rlhfkit.config.blocks import LoraConfig
+from rlhfkit.data.packing import Tree, pack
 from rlhfkit.data.records import PromptRecord
 from rlhfkit.data.tokenize import PromptRow, tokenize_prompts
 from rlhfkit.models.folder import open_model
@@ -30,6 +32,7 @@ from rlhfkit.stages.episodes import (
     stack,
 )
 from rlhfkit.stages.ppo import prompts_of_step
+from rlhfkit.stages.ppo_models import load_reference
 
 CPU = torch.device("cpu")
 QUESTIONS = ("what do you think of the film?", "count to three", "say one word", "good or bad?", "x")
@@ -162,12 +165,25 @@ def test_scores_and_their_parts_reach_their_episodes() -> None:
 
 def test_positions_are_those_that_choose_answer_tokens() -> None:
     episodes = [episode(0, [4, 5, 6], [7, 8]), episode(1, [4], [9, 9, 2]), episode(2, [4, 5], [2])]
-    batch = collate_episodes(episodes, 2, CPU)
-    assert batch.input_ids.tolist() == [[4, 5, 6, 7, 8], [4, 9, 9, 2, 2], [4, 5, 2, 2, 2]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]
+    batch = collate_episodes(episodes, CPU)
+    assert batch.tokens.input_ids.tolist() == [4, 5, 6, 7, 8, 4, 9, 9, 2, 4, 5, 2]
+    assert batch.tokens.layout.lengths.tolist() == [5, 4, 3]
     # The prompt's last token chooses the answer's first; the answer's last token chooses nothing.
-    assert batch.positions.tolist() == [2, 3, 5, 6, 7, 11]
+    assert batch.positions.tolist() == [2, 3, 5, 6, 7, 10]
     assert batch.targets.tolist() == [7, 8, 9, 9, 2, 2]
+
+
+def test_what_prompts_begin_with_is_laid_out_once() -> None:
+    episodes = [episode(0, [4, 5, 6], [7, 8]), episode(1, [4, 5, 9, 3], [9]), episode(2, [4, 5, 6], [2, 2])]
+    batch = collate_episodes(episodes, CPU)
+    assert batch.tokens.input_ids.tolist() == [4, 5, 6, 7, 8, 9, 3, 9, 6, 2, 2]
+    assert batch.positions.tolist() == [2, 3, 6, 8, 9]
+    assert batch.targets.tolist() == [7, 8, 9, 2, 2]
+    # With several answers to each prompt the prompts are the trunks.
+    twice = [episode(i, [4, 5, 6 + i // 2], [7, 8]) for i in range(4)]
+    assert collate_episodes(twice, CPU).tokens.input_ids.tolist() == [4, 5, 6, 7, 8, 7, 8, 4, 5, 7, 7, 8, 7, 8]
+    # Micro-batches are filled by what is computed: 2 + 3 + 3 tokens.
+    assert [[e.index for e in group] for group in by_tokens(twice[::2], 8)] == [[0, 2]]
 
 
 def test_micro_batches_hold_each_episode_once() -> None:
@@ -236,7 +252,7 @@ def test_looking_back_equals_one_by_one(
     assert len({len(e.response) for e in episodes}) > 3
     look_back(
         episodes, policy, None, how,
-        pad_id=text.tokens.pad_id, device=CPU, micro_batch_tokens=micro_batch_tokens, autocast=None,
+        device=CPU, micro_batch_tokens=micro_batch_tokens, autocast=None,
     )  # fmt: skip
     merged = copy.deepcopy(policy.model).merge_and_unload()
     head = policy.value_head
@@ -248,9 +264,9 @@ def test_looking_back_equals_one_by_one(
         reference = one_by_one(bare, e, how)
         torch.testing.assert_close(torch.from_numpy(e.ref_logprobs), reference, rtol=1e-4, atol=1e-4)
         assert (expected - reference).abs().max() > 0.05
-        ids = torch.tensor([[*e.prompt.prompt.tolist(), *e.response]])
+        whole = pack([Tree(np.asarray([*e.prompt.prompt.tolist(), *e.response], np.int32))])
         with torch.no_grad():
-            values = head(hidden_states(merged, ids, torch.ones_like(ids)))[0, len(e.prompt.prompt) - 1 : -1, 0]
+            values = head(hidden_states(merged, whole))[len(e.prompt.prompt) - 1 : -1, 0]
         torch.testing.assert_close(torch.from_numpy(e.values), values, rtol=1e-4, atol=1e-4)
         assert e.logprobs.dtype == e.ref_logprobs.dtype == e.values.dtype == np.float32
 
@@ -265,12 +281,36 @@ def test_looking_back_with_a_reference_of_its_own(
     episodes = sample(policy, prompts, text, how)
     look_back(
         episodes, policy, PolicyModel(bare, None), how,
-        pad_id=text.tokens.pad_id, device=CPU, micro_batch_tokens=200, autocast=None,
+        device=CPU, micro_batch_tokens=200, autocast=None,
     )  # fmt: skip
     for e in episodes:
         torch.testing.assert_close(torch.from_numpy(e.logprobs), one_by_one(policy.model, e, how), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(torch.from_numpy(e.ref_logprobs), one_by_one(bare, e, how), rtol=1e-4, atol=1e-4)
         assert len(e.values) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_copy_says_what_the_policy_says_in_less_memory(
+    tiny_model: Path, prompts: list[PromptRow], text: TextSide, how: SamplingSettings, dtype: torch.dtype
+) -> None:
+    loaded = load_model(open_model(str(tiny_model)), text, "causal", lora=LoraConfig(), dtype=dtype)
+    policy = PolicyModel(loaded.model, None).eval()
+    reference: Any = load_reference(loaded, SimpleNamespace(dtype=dtype, device=CPU))  # type: ignore[arg-type]
+    autocast = None if dtype == torch.float32 else dtype
+    episodes = sample(policy, prompts, text, how)
+    look_back(episodes, policy, reference, how, device=CPU, micro_batch_tokens=200, autocast=autocast)
+    assert all(np.array_equal(e.logprobs, e.ref_logprobs) for e in episodes)
+    layer, head = reference.model.model.layers[0], reference.model.get_output_embeddings()
+    assert layer.mlp.gate_proj.weight.dtype == layer.self_attn.q_proj.weight.dtype == dtype
+    assert layer.input_layernorm.weight.dtype == reference.model.get_input_embeddings().weight.dtype == torch.float32
+    assert (head.weight is reference.model.get_input_embeddings().weight) == loaded.model.config.tie_word_embeddings
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.mul_(1.1)  # the policy moves on, its copy does not
+    moved = copy.deepcopy(episodes)
+    look_back(moved, policy, reference, how, device=CPU, micro_batch_tokens=200, autocast=autocast)
+    assert all(np.array_equal(e.ref_logprobs, m.ref_logprobs) for e, m in zip(episodes, moved, strict=True))
+    assert not any(np.array_equal(e.logprobs, m.logprobs) for e, m in zip(episodes, moved, strict=True))
 
 
 # -- reference ---------------------------------------------------------------------------------------------------------
@@ -316,7 +356,7 @@ def test_the_reference_of_a_policy_that_goes_on_from_sft_is_the_sft_adapter(
     moved = logits(policy)
     assert not torch.allclose(moved, logits(start), atol=0.1)
     with reference_weights(policy):
-        assert not trainable(policy)
+        assert not any(".reference." in name for name in trainable(policy))
         torch.testing.assert_close(logits(policy), logits(start))
         assert not torch.allclose(logits(policy), logits(bare), atol=0.1)
     assert torch.equal(logits(policy), moved)

@@ -6,15 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_metrics
-from safetensors.torch import load_file
+from conftest import make_model, make_tokenizer, read_metrics
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from rlhfkit.config.load import load_config
 from rlhfkit.config.stages import PpoConfig, RmConfig
-from rlhfkit.errors import Interrupted, RewardError
-from rlhfkit.stages import ppo, reward
+from rlhfkit.errors import Interrupted, NonFiniteError, RewardError
+from rlhfkit.models.reward_sources import FunctionReward
+from rlhfkit.models.wrappers import PolicyModel
+from rlhfkit.stages import plan, ppo, reward
 
 REWARD = """
+from pathlib import Path
+
 def length(prompts, responses, n, **columns):
     assert len(prompts) == len(responses) == len(n)
     return [float(len(r)) / 10 for r in responses]
@@ -25,8 +30,31 @@ def short(prompts, responses):
 def broken(prompts, responses):
     raise KeyError("no such thing")
 
+def words(prompts, responses):
+    return "12345678"
+
+def leaves(prompts, responses):
+    raise SystemExit(3)
+
+def colour(prompts, responses, colour):
+    return [0.0] * len(responses)
+
+def questions(questions, answers):
+    return [0.0] * len(answers)
+
+CONSTANT = 3
+
 def nan(prompts, responses):
     return [float("nan")] * len(responses)
+
+calls = 0
+
+def late(prompts, responses, n):
+    global calls
+    calls += 1
+    # Finite as a score, infinite once squared.
+    bad = calls == 2 and not Path(__file__).with_name("mended").exists()
+    return [1e30 if bad and i == 5 else 0.1 * len(r) for i, r in zip(n, responses)]
 """
 
 
@@ -90,7 +118,7 @@ def test_runs_and_records(flags, changes):
     first = rows[0]
     # Before any update policy and reference are the same model, and the scorer sees what the sampler drew from.
     assert first["kl"] == pytest.approx(0.0, abs=1e-4)
-    assert first["ratio_first"] == pytest.approx(1.0, abs=1e-5)
+    assert first["ratio_first"] == 1.0
     assert rows[-1]["event"] == "end"
 
 
@@ -141,15 +169,79 @@ def test_micro_batches_do_not_change_the_update(flags):
 @pytest.mark.parametrize(
     ("function", "words"),
     [
-        ("short", "returned 1 numbers for 8 answers"),
-        ("broken", "raised KeyError: 'no such thing'"),
-        ("nan", "returned nan for answer 0 of 8"),
-        ("absent", "has no function 'absent'"),
+        ("short", r"step 1 of 3: the reward \S+/rewards.py:short returned 1 numbers for 8 answers"),
+        ("broken", r"raised KeyError: 'no such thing'\n  \S+/rewards.py, line 12, in broken: raise KeyError"),
+        ("nan", r"returned nan for answer 1 of 8, to the prompt of \S+prompts.jsonl:\d"),
+        ("words", "returned str, not a list of numbers"),
+        ("leaves", "raised SystemExit: 3"),
+        ("colour", "needs the column colour, which the rows do not have\n  → their other fields: n;"),
+        ("questions", r"takes \(questions, answers\), and is called with prompts and responses by name"),
+        ("absent", "has no function 'absent'\n  → it has: length, short"),
+        ("CONSTANT", "'CONSTANT' in .* is a int, not a function"),
     ],
 )
 def test_a_faulty_reward_is_named(flags, rewards, function, words):
     with pytest.raises(RewardError, match=words):
         train(flags("run", ppo__reward=[f"{rewards}:{function}"]))
+
+
+def test_a_file_that_does_not_run_is_named(flags, tmp_path):
+    (tmp_path / "a.py").write_text("\nimport absent_neighbour\ndef f(prompts, responses): ...\n")
+    with pytest.raises(RewardError, match=r"a.py:2: running the file raised ModuleNotFound.*\n.*PYTHONPATH="):
+        train(flags("run", ppo__reward=[f"{tmp_path}/a.py:f"]))
+    (tmp_path / "b.py").write_text("def f(prompts, responses):\n  return [\n")
+    with pytest.raises(RewardError, match=r"b.py:2: this is no Python"):
+        train(flags("run", ppo__reward=[f"{tmp_path}/b.py:f"]))
+
+
+def test_a_reward_file_is_ordinary_python(tmp_path):
+    """Annotations are values, as in a file that asks for nothing else, and names may come in by a star."""
+    path = tmp_path / "r.py"
+    path.write_text("from math import *\ndef f(prompts: list, responses: list) -> list:\n    return [floor(1.5)]\n")
+    assert FunctionReward(f"{path}:f").function.__annotations__["return"] is list
+    with pytest.raises(RewardError, match="takes"):
+        FunctionReward(f"{path}:floor")
+    with pytest.raises(RewardError, match=r"'absent' in .* is a NoneType, not a function"):
+        FunctionReward(f"{path}:absent")
+
+
+def test_the_file_of_a_reward_runs_once_and_nothing_else_of_it_does(flags, tmp_path):
+    path = tmp_path / "rewards.py"
+    log = tmp_path / "log"
+    path.write_text(
+        f"open({str(log)!r}, 'a').write('file ')\n"
+        "def f(prompts, responses):\n    return [0.0] * len(responses)\n"
+        f"def other(prompts, responses):\n    open({str(log)!r}, 'a').write('other ')\n"
+        f"if __name__ == '__main__':\n    other([], [])\n"
+    )
+    plan.run(load_config(PpoConfig, flags=flags("run", ppo__reward=[f"{path}:f"])))
+    assert not log.exists()
+    train(flags("run", ppo__reward=[f"{path}:f"], optim__max_steps=1))
+    assert log.read_text() == "file "
+
+
+def test_a_run_goes_on_after_its_reward_was_mended(flags, tmp_path):
+    """What was done before the fault is saved, and the resumed run is the one that never met it."""
+    path = tmp_path / "rewards.py"
+    good = "def f(prompts, responses, n):\n    return [float(len(r)) / 10 for r in responses]\n"
+    faulty = good.replace("    return", "    calls.append(1)\n    1 / (3 - len(calls))\n    return")
+    path.write_text("calls = []\n" + faulty)
+    settings = {"ppo__reward": [f"{path}:f"], "ppo__reward_normalize": True, "ppo__kl_target": 1.0}
+    step_2 = tmp_path / "run" / "checkpoints" / "step-2"
+    with pytest.raises(RewardError, match=f"step 3 of 3: .*ZeroDivisionError(.|\n)*last good checkpoint is {step_2}"):
+        train(flags("run", **settings))
+    path.write_text(good)
+    resumed = train(flags("run", **settings, run__resume=True))
+    unbroken = train(flags("other", **settings))
+    one, other = (load_file(r.final / "model.safetensors") for r in (resumed, unbroken))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert len(read_metrics(resumed.out)) == len(read_metrics(unbroken.out))
+
+
+def test_the_component_of_a_single_reward_is_logged_without_its_weight(flags, rewards):
+    first = read_metrics(train(flags("run", ppo__reward=[f"{rewards}:length=-2"], optim__max_steps=1)).out)[0]
+    assert first["reward_mean"] == pytest.approx(-2 * first["reward/rewards.py:length"])
+    assert first["reward_mean"] < 0
 
 
 def test_reward_model_as_reward_with_weights(flags, settings, pairs_file, rewards):
@@ -171,3 +263,97 @@ def test_policy_from_an_sft_adapter_keeps_it_as_reference(flags, settings, sft_f
     rows = read_metrics(result.out)
     assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-4)
     assert rows[-2]["kl"] != 0.0
+
+
+# -- numbers that are none ---------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_names_step_row_and_checkpoint(flags, rewards, prompts_file):
+    changes = {"ppo__reward": [f"{rewards}:late"], "run__save_every": 1, "optim__batch_size": 4}
+    with pytest.raises(NonFiniteError) as error:
+        train(flags("run", **changes))
+    out = Path(flags("run")["run.out"])
+    assert error.value.message == (
+        f"the loss is not finite at step 2, row {prompts_file}:6 (the last good checkpoint is {out}/checkpoints/step-1)"
+    )
+    assert [row["step"] for row in read_metrics(out)] == [1]
+    rewards.with_name("mended").touch()
+    resumed = train({**flags("run", **changes), "run.resume": True})
+    assert read_metrics(resumed.out)[-1]["resumed_from"] == 1
+
+
+@pytest.fixture
+def holed(tmp_path):
+    """A model that has no number for the token "5"."""
+    folder = make_model(tmp_path / "holed", tie_word_embeddings=False)
+    weights = load_file(folder / "model.safetensors")
+    token = AutoTokenizer.from_pretrained(folder).encode("5", add_special_tokens=False)
+    weights["model.embed_tokens.weight"][token] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora__rank": 4}], ids=["full", "lora"])
+def test_logits_that_are_not_finite_name_step_row_and_checkpoint(flags, holed, prompts_file, changes):
+    with pytest.raises(NonFiniteError) as error:
+        train(flags("run", model__path=str(holed), **changes))
+    message = error.value.message
+    assert message.startswith("the policy's log-probability is not finite at step 1, row ")
+    assert message.endswith(" (there is no checkpoint yet)")
+    # Its own row, and whichever the sampler has given a "5" to.
+    assert f"{prompts_file}:6" in message
+
+
+@pytest.mark.parametrize("advantage", ["rloo", "grpo"])
+def test_without_gae_no_value_function_is_loaded(flags, monkeypatch, capfd, advantage):
+    built = []
+    monkeypatch.setattr(
+        PolicyModel, "__init__", lambda self, model, value, real=PolicyModel.__init__, **how: (
+            built.append(value), real(self, model, value, **how)
+        )[0],
+    )  # fmt: skip
+    result = train(flags("run", ppo__advantage=advantage, ppo__samples_per_prompt=2, optim__epochs=1))
+    assert set(built) == {None}
+    assert "value function:" not in capfd.readouterr().err
+    assert not (result.out / "value").exists()
+    assert all(row["value_explained_variance"] is None for row in read_metrics(result.out))
+
+
+# -- where answers end -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "<|im_end|>"], ids=["pad", "pad-is-eos"])
+@pytest.mark.parametrize("shape", ["one", "full", "ended"])
+def test_the_score_is_paid_at_the_last_real_token(flags, tmp_path, monkeypatch, pad, shape):
+    """An answer of one token, one cut at the limit, and those that end by themselves, the end being the pad or not."""
+    folder = make_model(tmp_path / "model")
+    tokenizer = make_tokenizer(pad_token=pad)
+    tokenizer.save_pretrained(folder)
+    end = tokenizer.eos_token_id
+    found = []
+    real = ppo._targets
+    monkeypatch.setattr(
+        ppo, "_targets", lambda rollout, scores, *rest: found.append((rollout, scores, real(rollout, scores, *rest)))
+        or found[-1][-1],
+    )  # fmt: skip
+    if shape == "ended":  # as likely as not at each token
+        monkeypatch.setattr(
+            "rlhfkit.models.sampling.draw",
+            lambda logits, uniforms, how: torch.where(uniforms < 0.4, end, logits.argmax(dim=-1)),
+        )
+    changes = {"ppo__max_new_tokens": 1 if shape == "one" else 6, "ppo__lam": 1.0, "ppo__kl_coef": 0.0}
+    train(
+        flags("run", model__path=str(folder), **changes, ppo__missing_eos_penalty=5.0),
+        "ppo.whiten_advantages=false", "optim.max_steps=1",
+    )  # fmt: skip
+    rollout, scores, targets = found[0]
+    lengths = [len(e.response) for e in rollout.episodes]
+    assert set(lengths) == ({1} if shape == "one" else {6} if shape == "full" else set(lengths))
+    assert shape != "ended" or len(set(lengths)) > 2
+    for i, e in enumerate(rollout.episodes):
+        assert e.ended == (e.response[-1] == end)
+        assert end not in e.response[:-1]
+        assert float(scores[i]) == pytest.approx(e.score - 5.0 * (not e.ended), abs=1e-5)
+        # At lambda 1 and without KL, the return of each token is the score; the values are 0 so far.
+        expected = [float(scores[i])] * lengths[i] + [0.0] * (rollout.mask.shape[1] - lengths[i])
+        assert targets.returns[i].tolist() == pytest.approx(expected, abs=1e-5)

@@ -14,7 +14,7 @@ from rlhfkit.config.blocks import LoraConfig
 from rlhfkit.models.folder import open_model
 from rlhfkit.models.load import load_model, load_text_side
 from rlhfkit.models.wrappers import reference_weights
-from rlhfkit.stages.ppo import _reference
+from rlhfkit.stages.ppo_models import load_reference
 
 IDS = torch.tensor([[5, 60, 7, 330]])
 
@@ -49,7 +49,7 @@ def test_reference_is_the_sft_adapter_with_its_vocabulary(tiny_model: Path, tmp_
     loaded = load_model(open_model(str(tmp_path / "sft")), text, "causal", lora=LoraConfig(rank=4), dtype=torch.float32)
     loaded.model.eval()
     run: Any = SimpleNamespace(device=torch.device("cpu"))
-    assert _reference(loaded, run) is None
+    assert load_reference(loaded, run) is None
     with torch.no_grad():
         torch.testing.assert_close(loaded.model(IDS).logits, expected)
         with reference_weights(loaded.model):

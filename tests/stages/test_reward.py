@@ -151,18 +151,3 @@ def test_resume_equals_unbroken(settings, pairs_file):
     resumed = train({**broken, "run.resume": True})
     a, b = (load_file(r.final / "model.safetensors") for r in (unbroken, resumed))
     assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-def test_a_bf16_model_keeps_its_head_in_float32(settings, pairs_file, tiny_model, tmp_path):
-    """The file holds what was trained, and loading in bf16 does not round the head."""
-    from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(tmp_path / "bf16")
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "bf16")
-    result = train(settings("rm", model__path=str(tmp_path / "bf16"), data__train=[str(pairs_file)]))
-    stored = load_file(result.final / "model.safetensors")
-    assert stored["score.weight"].dtype == torch.float32
-    assert stored["model.norm.weight"].dtype == torch.bfloat16
-    loaded = RewardScorer(str(result.final), device=CPU, dtype=torch.bfloat16)
-    assert torch.equal(loaded.loaded.model.score.weight, stored["score.weight"])

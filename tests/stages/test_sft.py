@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,16 @@ def test_repeated_from_its_resolved_config(settings, sft_file, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_final_is_as_open_as_other_new_files(settings, sft_file, mask, mode):
+    before = os.umask(mask)
+    try:
+        final = train(settings("run", data__train=[str(sft_file)], optim__max_steps=1)).final
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in final.iterdir()} == {mode}
+
+
 def test_a_bf16_base_is_saved_in_bf16_with_one_tied_tensor(settings, sft_file, tiny_model, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -170,6 +181,10 @@ def test_a_bf16_base_is_saved_in_bf16_with_one_tied_tensor(settings, sft_file, t
     stored = weights(result.final)
     assert "lm_head.weight" not in stored
     assert {v.dtype for v in stored.values()} == {torch.bfloat16}
+    # Whoever loads it as it is gets the same format, and so does a stage that goes on from it.
+    assert AutoModelForCausalLM.from_pretrained(result.final, dtype="auto").dtype == torch.bfloat16
+    again = train(settings("again", model__path=str(result.final), data__train=[str(sft_file)]))
+    assert {v.dtype for v in weights(again.final).values()} == {torch.bfloat16}
 
 
 def test_resuming_before_the_first_checkpoint_starts_cleanly(settings, sft_file):

@@ -1,0 +1,133 @@
+"""Several LoRA adapters on one base: switched without copies, and without a say in what trains.
+
+peft's own switches (``set_adapter``, ``disable_adapter``) also turn gradients on and off, for one adapter at a time. A
+policy and a value function that both train on one base need a switch that leaves them alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlhfkit.errors import ModelError
+from rlhfkit.models.folder import ModelSource
+from rlhfkit.models.load import HEAD_NAMES, LoadedModel, base_model
+
+POLICY, REFERENCE, REWARD, VALUE = "default", "reference", "reward", "value"
+
+
+@contextmanager
+def active_adapter(model: Any, name: str | None) -> Iterator[None]:
+    """Inside, a peft model computes with the adapter of this name, or as its bare base (None)."""
+    layers = _switches(model)
+    before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = name is None
+        if name is not None:
+            # A trained copy of an embedding belongs to one adapter; for the others the base's own is in force.
+            own = getattr(layer, "modules_to_save", None)
+            layer._active_adapter = [name] if own is None or name in own else []
+    try:
+        yield
+    finally:
+        for layer, adapter, disabled in before:
+            layer._active_adapter, layer._disable_adapters = adapter, disabled
+
+
+def current_adapter(model: Any) -> str | None:
+    """The adapter that a peft model computes with now."""
+    for layer in _switches(model):
+        if not hasattr(layer, "modules_to_save"):
+            return None if layer._disable_adapters else str(layer.active_adapters[0])
+    return None
+
+
+def checkpoint_contexts(model: Any) -> Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]:
+    """For gradient checkpointing: what is computed again in the backward pass uses the adapter of the forward pass.
+
+    The ``context_fn`` of `torch.utils.checkpoint.checkpoint`.
+    """
+
+    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        return nullcontext(), active_adapter(model, current_adapter(model))
+
+    return contexts
+
+
+def fits_on(loaded: LoadedModel, source: ModelSource) -> bool:
+    """Whether a reward model is a LoRA adapter and a head on the very base that a LoRA policy holds already."""
+    if not loaded.is_lora or source.adapter is None or source.base != loaded.source.base:
+        return False
+    from peft import PeftConfig
+
+    settings = PeftConfig.from_pretrained(source.adapter)
+    trained_beside = set(settings.modules_to_save or ())
+    return (
+        settings.peft_type == "LORA"
+        and trained_beside <= set(HEAD_NAMES)
+        and getattr(settings, "bias", "none") == "none"
+        and not getattr(settings, "trainable_token_indices", None)
+    )
+
+
+def add_frozen_adapter(model: Any, folder: str, name: str) -> None:
+    """Put the LoRA weights of an adapter folder beside those that a peft model has; its head stays behind.
+
+    Raises:
+        ModelError: the folder's weights are not those that its configuration describes.
+    """
+    from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
+
+    settings = PeftConfig.from_pretrained(folder)
+    settings.modules_to_save = None
+    settings.task_type = model.peft_config[POLICY].task_type
+    settings.inference_mode = True
+    trains = _trainable(model)
+    model.add_adapter(name, settings)
+    weights = {k: v for k, v in load_peft_weights(folder).items() if ".lora_" in k}
+    set_peft_model_state_dict(model, weights, adapter_name=name)
+    own = [key for key, _ in model.named_parameters() if f".{name}." in key and ".lora_" in key]
+    if len(own) != len(weights):
+        raise ModelError(
+            f"the adapter in {folder} holds {len(weights)} LoRA weights where its configuration asks for {len(own)}",
+            hint="restore the folder, or train it again",
+        )
+    _restore(model, trains)
+
+
+def add_value_adapter(model: Any, start: str) -> None:
+    """A trainable adapter for a value function, starting as the adapter ``start``."""
+    import copy
+
+    trains = _trainable(model)
+    settings = copy.deepcopy(model.peft_config[start])
+    settings.modules_to_save = None
+    settings.inference_mode = False
+    model.add_adapter(VALUE, settings)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if f".{VALUE}." in name and ".lora_" in name:
+                parameter.copy_(parameters[name.replace(f".{VALUE}.", f".{start}.")])
+                trains.add(name)
+    _restore(model, trains)
+
+
+def _trainable(model: nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _restore(model: Any, trains: set[str]) -> None:
+    model.set_adapter(POLICY)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trains)
+
+
+def _switches(model: Any) -> list[Any]:
+    """The layers of all kinds in which peft looks up the active adapter."""
+    modules = base_model(model).modules()
+    return [m for m in modules if hasattr(m, "_active_adapter") and hasattr(m, "_disable_adapters")]

@@ -1,0 +1,76 @@
+"""The short way through LoRA layers against peft's own."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rlhfkit.config.blocks import LoraConfig
+from rlhfkit.data.batch import collate, token_row
+from rlhfkit.models.folder import open_model
+from rlhfkit.models.load import load_model, load_text_side
+from rlhfkit.models.wrappers import LanguageModel
+
+
+@pytest.fixture
+def adapted(tiny_model: Path) -> Any:
+    source = open_model(str(tiny_model))
+    settings = LoraConfig(rank=4)
+    model = load_model(source, load_text_side(source), "causal", lora=settings, dtype=torch.float32).model
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:  # they begin as zeros, and whatever is wrong with A would not show
+                p.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    return model
+
+
+def as_peft_has_it(model: Any) -> Any:
+    plain = copy.deepcopy(model)
+    changed = [m for m in plain.modules() if "forward" in vars(m) and hasattr(m, "lora_A")]
+    assert len(changed) == sum(hasattr(m, "lora_A") for m in plain.modules()) > 0
+    for module in changed:
+        del module.forward
+    return plain
+
+
+def outcome(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    draw = torch.Generator().manual_seed(3)
+    rows = [torch.randint(3, 300, (n,), generator=draw).tolist() for n in (9, 14, 5)]
+    model.zero_grad()
+    found = LanguageModel(model)(collate([token_row(ids, [True] * len(ids)) for ids in rows])).logprobs
+    found.sum().backward()
+    return found.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_results_and_gradients_are_those_of_peft(adapted: Any) -> None:
+    found, gradients = outcome(adapted)
+    expected, expected_gradients = outcome(as_peft_has_it(adapted))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert gradients.keys() == expected_gradients.keys()
+    assert all("lora_" in name for name in gradients)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-5)
+
+
+def test_in_bf16_too(adapted: Any) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        found, gradients = outcome(adapted)
+        expected, expected_gradients = outcome(as_peft_has_it(adapted))
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.05)
+    for name, gradient in gradients.items():
+        assert nn.functional.cosine_similarity(gradient.flatten(), expected_gradients[name].flatten(), dim=0) > 0.99
+
+
+def test_what_is_not_plain_goes_the_way_of_peft(adapted: Any) -> None:
+    for module in adapted.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = nn.Dropout(0.5)
+    torch.manual_seed(0)
+    first, _ = outcome(adapted.train())
+    second, _ = outcome(adapted)
+    assert (first - second).abs().max() > 1e-3

@@ -1,0 +1,187 @@
+"""What `--plan` counts without weights is what the loaded modules hold and keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model
+
+from rlhfkit.config.load import load_config
+from rlhfkit.config.stages import PpoConfig, RmConfig, SftConfig
+from rlhfkit.data.sources import load_records
+from rlhfkit.data.tokenize import tokenize_pairs, tokenize_prompts, tokenize_sft
+from rlhfkit.models.load import LoadedModel, load_model
+from rlhfkit.models.precision import DTYPES
+from rlhfkit.models.wrappers import LanguageModel, PolicyModel, RewardModel
+from rlhfkit.stages import memory, plan, ppo_models, reward, sft
+from rlhfkit.stages.common import open_text_side
+
+CPU = torch.device("cpu")
+BF16 = {"model__precision": "bf16"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wide enough for quantisation, which works on blocks of 64 weights."""
+    return make_model(tmp_path_factory.mktemp("models") / "wide", hidden_size=64, intermediate_size=128)
+
+
+def planned(config: Any) -> tuple[memory.Estimate, list[Any], Any, Any]:
+    source, text = open_text_side(config)
+    groups, _ = load_records(config.data.train, config.stage, on_bad_row="error")
+    tokenize: Any = {"sft": tokenize_sft, "rm": tokenize_pairs, "ppo": tokenize_prompts}[config.stage]
+    limit = config.row_limit
+    rows, _ = tokenize(groups[0], text.encoder, limit)
+    return memory.estimate(config, source, text, rows, CPU), rows, source, text
+
+
+def loaded_for(config: Any, source: Any, text: Any) -> LoadedModel:
+    dtype = torch.bfloat16 if config.model.precision == "bf16" else torch.float32
+    return load_model(
+        source, text, "reward" if config.stage == "rm" else "causal", lora=config.lora, dtype=dtype,
+        quantize=config.model.quantize, fresh_head=True, device=CPU,
+        gradient_checkpointing=config.optim.gradient_checkpointing,
+    )  # fmt: skip
+
+
+def held_by(module: torch.nn.Module) -> float:
+    return float(sum(p.numel() * p.element_size() for p in module.parameters()))
+
+
+def kept_by(module: torch.nn.Module, config: Any, rows: list[Any]) -> float:
+    """Bytes that a real pass keeps for its backward pass."""
+    batch, _ = memory._largest(config, rows, CPU)
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    kept: dict[int, Any] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage
+        return tensor
+
+    narrow = config.model.precision == "bf16"
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), torch.autocast("cpu", enabled=narrow):
+        module.train()(*(batch if config.stage == "rm" else (batch,)))
+    return float(sum(s.nbytes() for number, s in kept.items() if number not in own))
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "all weights": {},
+    "all weights, bf16": BF16,
+    "LoRA": {"lora__rank": 4},
+    "LoRA, bf16": {"lora__rank": 4, **BF16},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
+def test_weights_and_what_is_kept_are_those_of_the_loaded_model(
+    stage: str, form: str, settings: Callable[..., Any], model: Path, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    data = request.getfixturevalue({"sft": "sft_file", "rm": "pairs_file", "ppo": "prompts_file"}[stage])
+    more: dict[str, Any] = {"model__path": str(model), "data__train": [str(data)], **FORMS[form]}
+    if stage == "ppo":
+        (tmp_path / "r.py").write_text("def f(prompts, responses):\n    raise SystemExit\n")
+        more |= {"ppo__reward": [f"{tmp_path}/r.py:f"], "ppo__max_new_tokens": 8}
+    cls: Any = {"sft": SftConfig, "rm": RmConfig, "ppo": PpoConfig}[stage]
+    config = load_config(cls, flags=settings("run", **more))
+    found, rows, source, text = planned(config)
+    loaded = loaded_for(config, source, text)
+    wrapped = {"sft": LanguageModel, "rm": RewardModel, "ppo": lambda m: PolicyModel(m, "shared")}[stage](loaded.model)
+    weights = next(size for name, size in found.held.items() if name.startswith("weights of the"))
+    assert weights == pytest.approx(held_by(loaded.model), rel=0.01)  # a reward head is float32 at last
+    trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    assert found.held[f"{memory.OPTIMISER} (adamw)"] == 8 * trained
+    kept = next(size for name, size in found.update.items() if name.startswith("kept for"))
+    assert kept == pytest.approx(memory.SPARE * kept_by(wrapped, config, rows), rel=0.02)
+    if stage == "ppo":
+        copies = [size for name, size in found.held.items() if "reference" in name]
+        run: Any = SimpleNamespace(dtype=DTYPES[config.model.precision], device=torch.device("cpu"))
+        reference = None if "LoRA" in form else ppo_models.load_reference(loaded, run)
+        assert copies == ([held_by(reference)] if reference else [])
+
+
+def test_a_reward_model_that_goes_on_from_an_sft_adapter_can_be_planned(
+    settings: Callable[..., Any], model: Path, sft_file: Path, pairs_file: Path
+) -> None:
+    more = {"model__path": str(model), "lora__rank": 4, **BF16}
+    tuned = sft.run(load_config(SftConfig, flags=settings("sft", data__train=[str(sft_file)], **more))).final
+    more |= {"model__path": str(tuned), "data__train": [str(pairs_file)]}
+    config = load_config(RmConfig, flags=settings("run", **more))
+    found, _, source, text = planned(config)
+    weights = next(size for name, size in found.held.items() if name.startswith("weights of the"))
+    assert weights == pytest.approx(held_by(loaded_for(config, source, text).model), rel=0.01)
+
+
+def test_a_quantised_base_takes_its_bytes(settings: Callable[..., Any], model: Path, sft_file: Path) -> None:
+    more = {"model__path": str(model), "data__train": [str(sft_file)], "lora__rank": 4, "model__quantize": "4bit"}
+    config = load_config(SftConfig, flags=settings("run", **more, **BF16))
+    found, rows, source, text = planned(config)
+    module = LanguageModel(loaded_for(config, source, text).model)
+    weights = next(size for name, size in found.held.items() if name.startswith("weights of the"))
+    assert weights == pytest.approx(held_by(module), rel=0.05)
+    kept = next(size for name, size in found.update.items() if name.startswith("kept for"))
+    assert kept == pytest.approx(memory.SPARE * kept_by(module, config, rows), rel=0.25)
+
+
+def test_what_fits_is_what_fills_the_memory(settings: Callable[..., Any], model: Path, sft_file: Path) -> None:
+    more = {"model__path": str(model), "data__train": [str(sft_file)], "optim__batch_size": 12}
+    config = load_config(SftConfig, flags=settings("run", **more))
+    found, *_ = planned(config)
+    assert found.tokens == 373  # all rows in one micro-batch
+    room = found.total + 10_000 * found.per_token
+    assert found.tokens_that_fit(room) == (10_000 + 373) // 256 * 256
+    assert found.tokens_that_fit(found.total / 2) == 0
+
+
+def test_checkpointing_keeps_less(settings: Callable[..., Any], tmp_path: Path, sft_file: Path) -> None:
+    deep = make_model(tmp_path / "deep", num_hidden_layers=12)
+    more = {"model__path": str(deep), "data__train": [str(sft_file)]}
+    kept = []
+    for checkpointing in (False, True):
+        flags = settings("run", **more, optim__gradient_checkpointing=checkpointing)
+        found, *_ = planned(load_config(SftConfig, flags=flags))
+        kept.append(found.per_token)
+    assert kept[1] < kept[0] / 3
+
+
+@pytest.mark.parametrize("value", ["shared", "adapter", "separate"])
+def test_models_of_ppo_are_named_and_a_shared_backbone_is_counted_once(
+    value: str, settings: Callable[..., Any], model: Path, pairs_file: Path, prompts_file: Path
+) -> None:
+    more = {"model__path": str(model), "lora__rank": 4, **BF16}
+    judge = reward.run(load_config(RmConfig, flags=settings("rm", data__train=[str(pairs_file)], **more))).final
+    more |= {"data__train": [str(prompts_file)], "ppo__reward": [str(judge), "http://127.0.0.1:1/score"]}
+    config = load_config(PpoConfig, flags=settings("run", **more, ppo__max_new_tokens=8, ppo__value_model=value))
+    found, *_ = planned(config)
+    weights = {name: size for name, size in found.held.items() if name.startswith("weights")}
+    policy = next(iter(weights.values()))
+    words = ", ".join(found.models)
+    assert "the reference (the base without the adapter)" in words
+    assert f"reward {judge} (an adapter on the policy's base)" in words
+    assert "reward http://127.0.0.1:1/score: no model here" in words
+    assert f"weights of the reward adapter {judge}" in weights
+    assert len(weights) == {"shared": 2, "adapter": 3, "separate": 3}[value]
+    assert weights.get("weights of the value adapter", 0) < policy / 3
+    assert (weights.get("weights of the value model", 0) > policy) == (value == "separate")
+    assert found.answers == 64
+    assert found.answers_that_fit(found.total + 100 * found.per_answer) >= 164
+    laid_out = found.rollout["weights laid out for sampling"]
+    assert policy / 2 < laid_out < policy  # in bf16 as they are held; the embeddings are no layers
+    few = load_config(
+        PpoConfig, flags=settings("few", **more, ppo__max_new_tokens=8, ppo__value_model=value, ppo__rollout_size=4)
+    )
+    assert "weights laid out for sampling" not in planned(few)[0].rollout
+
+
+def test_the_plan_says_what_fits(settings: Callable[..., Any], sft_file: Path, capfd: Any) -> None:
+    plan.run(load_config(SftConfig, flags=settings("run", data__train=[str(sft_file)])))
+    out = capfd.readouterr().out
+    assert "models held: the model" in out
+    assert "GiB of system memory are free" in out
+    assert "What fits: --micro-batch-tokens up to " in out
