@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+ROWS_AT_ONCE = 4096  # of a head whose 16-bit gradient is added to a float32 one
 CHUNK_TOKENS = 512  # at a vocabulary of 152k, one chunk of float32 logits takes 0.3 GiB
 
 
@@ -206,8 +207,7 @@ class _HeadGradient:
         self.hidden = torch.empty_like(hidden) if wanted[0] else None
         self.weight = self.bias = None
         if wanted[1]:
-            own = self.main_grad is None or not in_place
-            self.weight = hidden.new_zeros(weight.shape, dtype=torch.float32) if own else self.main_grad
+            self.weight = self.main_grad if in_place and self.main_grad is not None else _zeros_for(weight)
         if wanted[2]:
             self.bias = hidden.new_zeros(bias.shape, dtype=torch.float32)
 
@@ -223,7 +223,11 @@ class _HeadGradient:
             if narrow is grad:
                 self.weight[:size].addmm_(narrow.t(), read)
             else:
-                self.weight[:size] += narrow.t() @ read
+                # On a CPU a sum of two formats makes a whole copy in the wider one, so it is done by parts.
+                at_once = ROWS_AT_ONCE if grad.device.type == "cpu" else size
+                for some in self.weight[:size].split(at_once):
+                    some += narrow[:, : len(some)].t() @ read
+                    narrow = narrow[:, len(some) :]
 
     def scale(self, factor: Tensor) -> None:
         """Multiply all by a number. Not where the weight's is in ``main_grad`` already."""
@@ -241,6 +245,21 @@ class _HeadGradient:
             None if for_weight is None else for_weight.to(self.dtypes[0]),
             None if self.bias is None else self.bias.to(self.dtypes[1]),
         )
+
+
+def _zeros_for(weight: Tensor) -> Tensor:
+    """Zeros [V, H] in float32 for a gradient that waits for its backward pass.
+
+    Beside a ``main_grad`` they are made once and stay: nothing else is as large, and each time such a block is freed,
+    small ones that outlive a pass settle in it, so that the next finds no place.
+    """
+    if not hasattr(weight, "main_grad"):
+        return torch.zeros_like(weight, dtype=torch.float32)
+    kept: Tensor | None = getattr(weight, "waiting_grad", None)
+    if kept is None:
+        kept = weight.waiting_grad = torch.zeros_like(weight, dtype=torch.float32)  # type: ignore[attr-defined]
+        return kept
+    return kept.zero_()
 
 
 def _as_computed(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, silu
+from torch.nn.functional import embedding, linear, silu
 
 from rlhfkit.config.blocks import Kernels
 from rlhfkit.errors import ConfigError
@@ -39,7 +39,7 @@ def refuse_kernels(kernels: Kernels, device: torch.device, model_type: str) -> N
 
 
 def use_fast_layers(model: Any, device: torch.device, kernels: Kernels = "auto") -> str:
-    """Give a transformers model's RMS norms and SwiGLU layers a faster way to the same numbers.
+    """Give a transformers model's RMS norms, SwiGLU layers and embeddings a faster way to the same numbers.
 
     The last norm keeps its own on a CPU: what heads read stays in float32.
 
@@ -58,6 +58,8 @@ def use_fast_layers(model: Any, device: torch.device, kernels: Kernels = "auto")
             module.forward = types.MethodType(_rms_norm_forward, module)
         elif _is_swiglu(module):
             module.forward = types.MethodType(_swiglu_forward, module)
+        elif _is_plain_embedding(module):
+            module.forward = types.MethodType(_embedding_forward, module)
     return ""
 
 
@@ -91,6 +93,12 @@ def _is_swiglu(module: nn.Module) -> bool:
     return set(children) == parts and type(children["act_fn"]).__name__ in ("SiLU", "SiLUActivation")
 
 
+def _is_plain_embedding(module: nn.Module) -> bool:
+    if type(module) is not nn.Embedding:
+        return False
+    return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
+
+
 def _rms_norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
     kind = hidden_states.device.type
     wanted = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_states.dtype
@@ -104,6 +112,37 @@ def _swiglu_forward(self: Any, x: Tensor) -> Tensor:
         found: Tensor = SwiGluDown.apply(gate, up, down.weight)
         return found
     return down(SwiGlu.apply(gate, up))  # with an adapter, or in four bits
+
+
+def _embedding_forward(self: Any, input: Tensor) -> Tensor:
+    found: Tensor = EmbeddingRows.apply(input, self.weight, self.padding_idx)
+    return found
+
+
+class EmbeddingRows(torch.autograd.Function):
+    """Rows of a table. Where the table has a ``main_grad``, their gradients are added in there: one of the whole table,
+    nearly all zeros, is neither made nor added.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, padding: int | None) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.weight, ctx.padding = weight, padding
+        return embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None]:
+        if not ctx.needs_input_grad[1]:
+            return None, None, None
+        (ids,) = ctx.saved_tensors
+        weight, ids = ctx.weight, ids.flatten()
+        rows = grad.reshape(len(ids), -1)
+        if ctx.padding is not None:  # its row stays as it is
+            rows = rows.masked_fill((ids == ctx.padding)[:, None], 0.0)
+        main_grad = getattr(weight, "main_grad", None)
+        whole = torch.zeros_like(weight) if main_grad is None else main_grad
+        whole.index_add_(0, ids, rows.to(whole.dtype))
+        return None, whole if main_grad is None else None, None
 
 
 class RmsNorm(torch.autograd.Function):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlhfkit.algo import logprobs
 from rlhfkit.algo.logprobs import above_mean, token_logprobs
 
 N, H, V = 23, 6, 11
@@ -221,11 +222,14 @@ def test_a_gradient_made_at_once_is_refused_where_targets_weigh_differently() ->
 
 @pytest.mark.parametrize("equal_weights", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_gradient_is_added_where_the_weight_says(equal_weights: bool, dtype: torch.dtype) -> None:
+def test_a_gradient_is_added_where_the_weight_says(
+    equal_weights: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logprobs, "ROWS_AT_ONCE", 5)
     case, reference = Case(bias=True), Case(bias=True)
     into = torch.ones(V, H)
     case.head.weight.main_grad = into  # type: ignore[attr-defined]
-    for one in (case, reference):
+    for one in (case, reference, case, reference):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             found = token_logprobs(
                 one.head, one.hidden, one.targets, with_entropy=False, equal_weights=equal_weights, chunk_tokens=5

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from rlhfkit.errors import ConfigError
 from rlhfkit.models import kernels
 from rlhfkit.models.attention import _NarrowRows
-from rlhfkit.models.kernels import RmsNorm, SwiGlu, SwiGluDown, refuse_kernels, use_fast_layers
+from rlhfkit.models.kernels import EmbeddingRows, RmsNorm, SwiGlu, SwiGluDown, refuse_kernels, use_fast_layers
 
 CPU = torch.device("cpu")
 
@@ -53,6 +53,26 @@ def test_swiglu_with_its_projection_is_the_three_in_turn() -> None:
     torch.testing.assert_close(SwiGluDown.apply(gate, up, weight), (silu(gate) * up) @ weight.t())
 
 
+@pytest.mark.parametrize("padding", [None, 3])
+def test_embedding_rows_have_the_gradient_of_the_whole_table(padding: int | None) -> None:
+    torch.manual_seed(0)
+    table = nn.Embedding(9, 4, padding_idx=padding)
+    ids, push = torch.tensor([[3, 1, 3], [8, 0, 1]]), torch.randn(2, 3, 4)
+    (table(ids) * push).sum().backward()
+    weight = table.weight.detach().clone().requires_grad_()
+    rows = EmbeddingRows.apply(ids, weight, padding)
+    torch.testing.assert_close(rows, table(ids))
+    (rows * push).sum().backward()
+    torch.testing.assert_close(weight.grad, table.weight.grad)
+    # With a place for it, it is added there, and autograd is given none.
+    weight.grad, weight.main_grad = None, torch.ones(9, 4)
+    for _ in range(2):
+        (EmbeddingRows.apply(ids, weight, padding) * push).sum().backward()
+    assert weight.grad is None
+    torch.testing.assert_close(weight.main_grad, 1 + 2 * table.weight.grad)
+    EmbeddingRows.apply(ids, weight.detach(), padding)  # frozen
+
+
 @pytest.mark.parametrize(
     ("rows", "cells", "heads", "groups"), [(3, 17, 4, 2), (1, 40, 6, 6), (70, 50, 8, 1), (2, 600, 4, 2)]
 )
@@ -83,7 +103,7 @@ def test_a_model_with_fast_layers_is_the_same_model(tiny_model: Path, autocast: 
     fast = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     use_fast_layers(fast, CPU)
     changed = [name for name, module in fast.named_modules() if "forward" in vars(module)]
-    assert len(changed) == 2 * 3  # two norms and one SwiGLU a layer
+    assert len(changed) == 2 * 3 + 1  # two norms and one SwiGLU a layer, and the embedding
     ids = torch.randint(300, (2, 30), generator=torch.Generator().manual_seed(0))
     gradients = []
     for model in (plain, fast):
