@@ -44,6 +44,9 @@ class PairBatch(NamedTuple):
     weight: Tensor  # [P] 1 / pairs of its prompt
 
 
+Scored = list[tuple[PairBatch, Tensor]]  # micro-batches and the scores [A] of their answers
+
+
 class PairSums(NamedTuple):
     """Sums over prompts, to be divided by their number."""
 
@@ -76,11 +79,17 @@ def run(config: RmConfig) -> StageResult:
     update = Optimisation(run.accelerator, RewardModel(loaded.model), config.optim, total)
     run.begin(update.load_state_dict)
 
+    def scores_of(pairs: Sequence[PairRow]) -> Scored:
+        spare = collate_pairs(pairs[:1], run.device)
+        return score_pairs(update.module, update.lockstep(pair_batches(pairs, run), spare=spare))
+
+    latest: list[Scored] = []  # of the held-out pairs
+
     def evaluate() -> dict[str, Any]:
         if not held_out:
             return {}
-        passes = update.lockstep(pair_batches(held_out, run), spare=collate_pairs(held_out[:1], run.device))
-        return evaluate_pairs(update.module, passes, len(held_out), config, run)
+        latest[:] = [scores_of(held_out)]
+        return held_out_metrics(latest[0], len(held_out), config, run)
 
     if run.step == 0 and held_out:
         before = evaluate()
@@ -116,10 +125,10 @@ def run(config: RmConfig) -> StageResult:
             }
             run.finish_step(step, total, metrics, shown=SHOWN, state=update.state_dict, evaluate=evaluate)
 
-    # 4. Mean and spread of the scores belong to the model: whoever uses it needs them.
-    measured = held_out or rows[:STATISTICS_ROWS]
-    passes = update.lockstep(pair_batches(measured, run), spare=collate_pairs(measured[:1], run.device))
-    record = score_record(update.module, passes, config, run, held_out=bool(held_out))
+    # 4. Mean and spread of the scores belong to the model: whoever uses it needs them. The last step was evaluated,
+    # unless a run is resumed that had only this left to do.
+    scored = latest[0] if latest else scores_of(held_out or rows[:STATISTICS_ROWS])
+    record = score_record(scored, config, run, held_out=bool(held_out))
     return run.finish(lambda folder: save_model(folder, run.accelerator, update.module, loaded, "rm", record))
 
 
@@ -132,46 +141,49 @@ def pair_batches(rows: Sequence[PairRow], run: Run) -> list[PairBatch]:
 
 
 @torch.no_grad()
-def evaluate_pairs(
-    module: Any, passes: Sequence[tuple[PairBatch, float]], count: int, config: RmConfig, run: Run
-) -> dict[str, float]:
-    """Loss, accuracy, margin and scores of held-out rows, each row weighing the same.
+def score_pairs(module: Any, passes: Sequence[tuple[PairBatch, float]]) -> Scored:
+    """Scores of this process's part of some rows.
 
     Args:
         module: a `RewardModel`, prepared or not.
         passes: micro-batches with weight 1, and 0 where they are passed over for nothing.
+    """
+    module.eval()
+    scored = [(micro, module(micro.tokens, micro.last), weight) for micro, weight in passes]
+    module.train()
+    return [(micro, scores) for micro, scores, weight in scored if weight]
+
+
+def held_out_metrics(scored: Scored, count: int, config: RmConfig, run: Run) -> dict[str, float]:
+    """Loss, accuracy, margin and scores of held-out rows, each row weighing the same.
+
+    Args:
+        scored: by `score_pairs`.
         count: rows over all processes.
         config: how the loss is made.
         run: adds up over processes.
     """
-    module.eval()
-    loss = torch.zeros((), device=run.device)
-    sums = []
-    for micro, weight in passes:
-        scores = module(micro.tokens, micro.last)
-        if weight:
-            loss += (_losses(scores, micro, config) * micro.weight).sum()
-            sums.append(pair_sums(scores, micro))
-    module.train()
-    means = _means([loss, *map(sum, zip(*sums, strict=True))] if sums else [0.0] * 5, count, run)
+    losses = [(_losses(scores, micro, config) * micro.weight).sum() for micro, scores in scored]
+    sums = [pair_sums(scores, micro) for micro, scores in scored]
+    means = _means([sum(losses), *map(sum, zip(*sums, strict=True))] if sums else [0.0] * 5, count, run)
     return {"eval_loss": means[0], **{f"eval_{n}": v for n, v in zip(PairSums._fields, means[1:], strict=True)}}
 
 
-def score_record(
-    module: Any, passes: Sequence[tuple[PairBatch, float]], config: RmConfig, run: Run, *, held_out: bool
-) -> dict[str, Any]:
+def score_record(scored: Scored, config: RmConfig, run: Run, *, held_out: bool) -> dict[str, Any]:
     """What a reward model's record says: how scores are made, their mean and spread. Writes evaluation.json if the
-    passes are over held-out rows."""
-    scored = _score_all(module, passes, run)
+    scores are of held-out rows.
+    """
+    answers = gather_object([score for _, scores in scored for score in scores.tolist()])
+    pairs = gather_object([pair for micro, scores in scored for pair in _pairs(scores, micro)])
     if held_out:
-        write_evaluation(run, evaluation_report(scored.chosen, scored.rejected, scored.weights))
+        write_evaluation(run, evaluation_report(*map(list, zip(*pairs, strict=True))))
     return {
         "pooling": POOLING,
         "max_length": config.data.max_length,
         "precision": run.precision,
         "quantize": config.model.quantize,
-        "score_mean": scored.mean,
-        "score_std": scored.std,
+        "score_mean": float(np.mean(answers)),
+        "score_std": float(np.std(answers)),
     }
 
 
@@ -215,27 +227,7 @@ def _means(sums: Sequence[Any], count: int, run: Run) -> list[float]:
     return [value / count for value in run.sum_over_processes([float(s) for s in sums])]
 
 
-class Scored(NamedTuple):
-    """Scores of all answers of a data set, from all processes, and their pairs."""
-
-    mean: float
-    std: float
-    chosen: list[float]
-    rejected: list[float]
-    weights: list[float]
-
-
-@torch.no_grad()
-def _score_all(module: Any, passes: Sequence[tuple[PairBatch, float]], run: Run) -> Scored:
-    module.eval()
-    answers: list[float] = []
-    pairs: list[tuple[float, float, float]] = []
-    for micro, weight in passes:
-        scores = module(micro.tokens, micro.last)
-        if weight:
-            answers += scores.tolist()
-            sides = (scores[micro.chosen], scores[micro.rejected], micro.weight)
-            pairs += zip(*(side.tolist() for side in sides), strict=True)
-    answers, pairs = gather_object(answers), gather_object(pairs)
-    mean, std = float(np.mean(answers)), float(np.std(answers))
-    return Scored(mean, std, *map(list, zip(*pairs, strict=True)))
+def _pairs(scores: Tensor, batch: PairBatch) -> list[tuple[float, float, float]]:
+    """Of each pair the scores of the better and the worse answer, and what it weighs."""
+    sides = (scores[batch.chosen], scores[batch.rejected], batch.weight)
+    return list(zip(*(side.tolist() for side in sides), strict=True))

@@ -23,7 +23,7 @@ from rlhfkit.models.save import save_model
 from rlhfkit.models.wrappers import LanguageModel, RewardModel
 from rlhfkit.runtime.run import Run, StageResult, finished_result, start_run
 from rlhfkit.stages.common import first_prompts, load_for_training, open_text_side, read_rows, write_answers
-from rlhfkit.stages.reward import STATISTICS_ROWS, evaluate_pairs, pair_batches, score_record
+from rlhfkit.stages.reward import STATISTICS_ROWS, Scored, held_out_metrics, pair_batches, score_pairs, score_record
 from rlhfkit.stages.trl_engine import (
     RowSampler,
     TrainerMixin,
@@ -294,6 +294,7 @@ class Rm(Ranked):
 
     SHOWN = ("loss", "accuracy", "margin", "eval_accuracy", "lr", "tokens_per_second")
     config: RmConfig
+    latest: Scored | None = None  # of the held-out pairs, at the last evaluation
 
     def example(self, item: Pair) -> dict[str, Any]:
         return {
@@ -329,17 +330,16 @@ class Rm(Ranked):
 
     def evaluate(self) -> dict[str, Any]:
         rows = self.data.held_out
-        with torch.autocast(self.run.device.type, self.run.autocast, enabled=self.run.autocast is not None):
-            return evaluate_pairs(self.module, self.passes(rows), len(rows), self.config, self.run)
+        self.latest = self.scores_of(rows)
+        return held_out_metrics(self.latest, len(rows), self.config, self.run)
 
     def record(self) -> dict[str, Any]:
-        measured = self.data.held_out or self.data.rows[:STATISTICS_ROWS]
-        with torch.autocast(self.run.device.type, self.run.autocast, enabled=self.run.autocast is not None):
-            held_out = bool(self.data.held_out)
-            return score_record(self.module, self.passes(measured), self.config, self.run, held_out=held_out)
+        scored = self.latest or self.scores_of(self.data.held_out or self.data.rows[:STATISTICS_ROWS])
+        return score_record(scored, self.config, self.run, held_out=bool(self.data.held_out))
 
-    def passes(self, rows: Sequence[Any]) -> list[tuple[Any, float]]:
-        return [(micro, 1.0) for micro in pair_batches(rows, self.run)]
+    def scores_of(self, rows: Sequence[Any]) -> Scored:
+        with torch.autocast(self.run.device.type, self.run.autocast, enabled=self.run.autocast is not None):
+            return score_pairs(self.module, [(micro, 1.0) for micro in pair_batches(rows, self.run)])
 
 
 class Dpo(Ranked):
