@@ -145,7 +145,12 @@ def report(
 @as_command("init")
 def init(
     stage: Annotated[
-        str, typer.Argument(metavar="STAGE", help="sft, rm or ppo.", autocompletion=lambda: ["sft", "rm", "ppo"])
+        str,
+        typer.Argument(
+            metavar="STAGE",
+            help="sft, rm, ppo, dpo, kto, grpo or rloo.",
+            autocompletion=lambda: ["sft", "rm", "ppo", "dpo", "kto", "grpo", "rloo"],
+        ),
     ],
     model: Annotated[
         str, typer.Option("--model", help="Folder or hub id; the family's largest that fits if not given.")
@@ -173,7 +178,8 @@ def init(
     from rlhfkit.stages import init as stage_init
 
     recipe, schema = stage_init.run(stage, model=model, family=family, memory_gib=memory, out=out, force=force)
-    print(tr(f"{recipe}\n{schema}\nnext: rlhfkit {stage} {recipe} --plan"))
+    plan = " --plan" if stage in ("sft", "rm", "ppo") else ""  # what TRL holds is not known beforehand
+    print(tr(f"{recipe}\n{schema}\nnext: rlhfkit {stage} {recipe}{plan}"))
 
 
 @as_command("convert")

@@ -10,7 +10,7 @@ import typer
 from rlhfkit.cli.application import register, use_endpoint
 from rlhfkit.cli.options import CONFIG_OPTION, PANELS, one_of, option_of
 from rlhfkit.config.load import iterate_fields, load_config, read_recipe
-from rlhfkit.config.stages import STAGES, PpoConfig, RmConfig, SftConfig
+from rlhfkit.config.stages import STAGES, StageConfig
 from rlhfkit.errors import ConfigError
 
 INSPECTED = (
@@ -23,7 +23,8 @@ INSPECTED = (
     "ppo.max_prompt_length",
     "ppo.max_new_tokens",
 )
-NOT_INSPECTED = ("data.train", "ppo.reward", "model.quantize", "lora", "optim", "run")
+NOT_INSPECTED = ("data.train", "model.quantize", "lora", "optim", "run", "stage")
+TRAINED = {name: cls for name, cls in STAGES.items() if issubclass(cls, StageConfig)}
 
 
 def _inspect_command() -> None:
@@ -63,7 +64,7 @@ def _inspect_command() -> None:
         ],
         "stage": Annotated[
             Optional[str],  # noqa: UP045
-            one_of("--stage", "How the rows will be used; found from the rows if not given.", "sft", "rm", "ppo"),
+            one_of("--stage", "How the rows will be used; found from the rows if not given.", *TRAINED),
         ],
         "rows": Annotated[
             Optional[int],  # noqa: UP045
@@ -104,21 +105,24 @@ def _inspect_command() -> None:
     register("inspect", command, annotations, summary, examples)
 
 
-def _inspect_config(
-    stage: str | None, recipe: str | None, flags: dict[str, Any]
-) -> tuple[SftConfig | RmConfig | PpoConfig, bool]:
+def _inspect_config(stage: str | None, recipe: str | None, flags: dict[str, Any]) -> tuple[StageConfig, bool]:
     """The configuration of the stage that will use the rows, and whether that stage was found from them."""
     named = stage or (read_recipe(recipe).get("stage") if recipe else None)
-    if named is None and any(path.startswith("ppo.") for path in flags):
+    limits = [path for path in flags if path.startswith("ppo.")]  # of prompts and answers
+    if named is None and limits:
         named = "ppo"
-    if named not in (None, "sft", "rm", "ppo"):
-        raise ConfigError(f"there is no stage '{named}' that trains on rows", hint="give --stage sft, rm or ppo")
-    if named not in (None, "ppo") and (wrong := next((path for path in flags if path.startswith("ppo.")), None)):
-        raise ConfigError(f"{wrong}: has no effect on {named} rows", hint="leave it out, or give --stage ppo")
+    if named not in (None, *TRAINED):
+        raise ConfigError(
+            f"there is no stage '{named}' that trains on rows", hint=f"give --stage with one of {', '.join(TRAINED)}"
+        )
+    if limits and named is not None and TRAINED[named]().rollouts is None:
+        raise ConfigError(f"{limits[0]}: has no effect on {named} rows", hint="leave it out, or give --stage ppo")
 
     def load(name: str) -> Any:
+        said = {path.replace("ppo.", f"{name}."): value for path, value in flags.items()}
+        needless = [*NOT_INSPECTED, f"{name}.reward", f"{name}.engine"]
         try:
-            return load_config(STAGES[name], recipe=recipe, flags=flags, not_needed=NOT_INSPECTED)  # type: ignore[type-var]
+            return load_config(STAGES[name], recipe=recipe, flags=said, not_needed=needless)  # type: ignore[type-var]
         except ConfigError as error:
             raise ConfigError(error.message, hint="all options: rlhfkit inspect --help") from None
 

@@ -27,6 +27,11 @@ class Block(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
     refused: ClassVar[dict[str, str]] = {}  # of a stage: keys that people may look for, and why they are not to be had
 
+    @property
+    def without_effect(self) -> dict[str, str]:
+        """Of a stage: keys that change nothing beside the others, and why."""
+        return {}
+
 
 class ModelConfig(Block):
     """Which model, and in what form it is held."""

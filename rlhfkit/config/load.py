@@ -27,6 +27,7 @@ from rlhfkit.config.stages import (
     RmConfig,
     ScoreConfig,
     SftConfig,
+    changed,
 )
 from rlhfkit.errors import ConfigError
 
@@ -92,6 +93,7 @@ def load_config(
         ConfigError: every fault found, in one message.
     """
     faults: list[str] = []
+    said = {*(flags or {}), *(text.partition("=")[0].strip() for text in sets)}
     raw = read_recipe(recipe) if recipe else {}
     stage = cls.model_fields["stage"].default
     if raw.get("stage", stage) != stage:
@@ -117,7 +119,10 @@ def load_config(
     if config is not None:
         # A faulty field stands at its default here; what follows from that is no fault of its own.
         passed_over = [path for path, _ in field_faults] + list(not_needed)
-        problems = [p for p in config.problems() if not any(_overlap(p[0], path) for path in passed_over)]
+        # A default is a fault only where it was asked for: a resolved recipe gives every key.
+        useless = [(path, why) for path, why in config.without_effect.items() if path in said or _differs(config, path)]
+        found = [*config.problems(), *useless]
+        problems = [p for p in found if not any(_overlap(p[0], path) for path in passed_over)]
         faults += [f"{path}: {words}" for path, words in problems]
     if faults or config is None:
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
@@ -127,6 +132,12 @@ def load_config(
             hint=f"all options: rlhfkit {stage} --help",
         )
     return config
+
+
+def _differs(config: BaseModel, path: str) -> bool:
+    """Whether a key of a block has another value than its default."""
+    block, _, name = path.partition(".")
+    return changed(getattr(config, block), name)
 
 
 def find_recipe(name: str) -> Path:

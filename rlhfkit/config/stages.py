@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import ClassVar, Literal
 
@@ -124,12 +125,13 @@ class SftConfig(StageConfig):
     stage: Literal["sft"] = "sft"
     sft: SftBlock = SftBlock()
 
-    def problems(self) -> list[Problem]:
-        return [*super().problems(), *_refused_by_trl(self, {})]
-
     @property
     def engine(self) -> Engine:
         return self.sft.engine
+
+    @property
+    def without_effect(self) -> dict[str, str]:
+        return _left_out_by_trl(self)
 
 
 class RmConfig(StageConfig):
@@ -138,25 +140,20 @@ class RmConfig(StageConfig):
     stage: Literal["rm"] = "rm"
     rm: RewardModelConfig = RewardModelConfig()
 
-    def problems(self) -> list[Problem]:
-        smoothing = "TRL's RewardTrainer has no label smoothing"
-        return [*super().problems(), *_refused_by_trl(self, {"rm.label_smoothing": smoothing})]
-
     @property
     def engine(self) -> Engine:
         return self.rm.engine
 
+    @property
+    def without_effect(self) -> dict[str, str]:
+        return _left_out_by_trl(self, {"rm.label_smoothing": "TRL's RewardTrainer has no label smoothing"})
 
-def _refused_by_trl(config: StageConfig, reasons: dict[str, str]) -> list[Problem]:
+
+def _left_out_by_trl(config: StageConfig, more: Mapping[str, str] | None = None) -> dict[str, str]:
     """What has no effect with TRL's engine, and is of use with our own."""
     if config.engine != "trl":
-        return []
-    found = []
-    for path, why in {**REFUSED, **reasons}.items():
-        block, _, name = path.partition(".")
-        if changed(getattr(config, block), name):
-            found.append((path, f"{why}; leave --engine trl out"))
-    return found
+        return {}
+    return {path: f"{why}; leave --engine trl out" for path, why in {**REFUSED, **(more or {})}.items()}
 
 
 class PpoConfig(StageConfig):

@@ -14,40 +14,60 @@ import yaml
 from pydantic import BaseModel
 
 from rlhfkit.config.load import iterate_fields
-from rlhfkit.config.stages import STAGES
+from rlhfkit.config.stages import STAGES, TrlConfig
 from rlhfkit.errors import ConfigError
 from rlhfkit.words import tr
 
 WIDTH = 110
 ALWAYS = ("model.path", "data.train", "data.eval", "run.out", "optim.batch_size", "optim.lr", "optim.epochs")
 NOT_IN_RECIPES = ("run.resume", "run.plan")  # said on the command line
-DATA = {"sft": "data/train.jsonl", "rm": "data/pairs.jsonl", "ppo": "data/prompts.jsonl"}
+DATA = {
+    "sft": "data/train.jsonl",
+    **dict.fromkeys(("rm", "dpo"), "data/pairs.jsonl"),
+    "kto": "data/labelled.jsonl",
+    **dict.fromkeys(("ppo", "grpo", "rloo"), "data/prompts.jsonl"),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """A way to hold and train a model, and the memory it takes: bytes per parameter, activations aside."""
+    """A way to hold and train a model, and the memory it takes: bytes per parameter, activations aside.
+
+    Args:
+        words: what it is called.
+        trained: of the model with what training needs beside it.
+        reference: of the model that the policy is held at, where there is one.
+        reward: of a reward model of the same size.
+        settings: dotted path -> value.
+    """
 
     words: str
-    per_parameter: Mapping[str, float]  # by stage
+    trained: float
+    reference: float
+    reward: float
     settings: Mapping[str, Any]
 
 
 LORA = {"lora.rank": 16, "optim.lr": 2e-4}
-# Full weights: 16 bytes of weights, gradients and AdamW; PPO adds the reference (4) and a reward model of the size in
-# 16 bits (2), which with adapters stands on a base of its own only when it was not trained on the same one.
+# Full weights: 16 bytes of weights, gradients and AdamW, 4 of the reference, 2 of a reward model in 16 bits. Adapters
+# have their base as the reference; a reward model stands on a base of its own when it was not trained on the same one.
 FORMS = (
-    Form("all weights", {"sft": 16, "rm": 16, "ppo": 22}, {}),
-    Form("LoRA on a base in 16 bits", {"sft": 2.2, "rm": 2.2, "ppo": 4.3}, LORA),
-    Form("QLoRA: LoRA on a base in 4 bits", {"sft": 0.75, "rm": 0.75, "ppo": 1.4}, {**LORA, "model.quantize": "4bit"}),
+    Form("all weights", 16, 4, 2, {}),
+    Form("LoRA on a base in 16 bits", 2.2, 0, 2.1, LORA),
+    Form("QLoRA: LoRA on a base in 4 bits", 0.75, 0, 0.65, {**LORA, "model.quantize": "4bit"}),
 )
-SPARE = 2.0  # GiB for activations, logits and the device's own
-RATES = {"sft": 2e-4, "rm": 1e-4, "ppo": 1e-5}  # of LoRA
+REFERENCED = ("ppo", "dpo", "kto", "rloo")  # grpo, too, once its kl_coef is above 0
+REWARDED = ("ppo", "grpo", "rloo")
+# GiB for activations, logits and the device's own; TRL pads rows, and holds the logits of whole answers.
+SPARE, SPARE_TRL = 2.0, 4.0
+RATES = {"sft": 2e-4, "rm": 1e-4, **dict.fromkeys(("dpo", "kto"), 2e-5), **dict.fromkeys(REWARDED, 1e-5)}  # of LoRA
 
 
 def needed_gib(form: Form, stage: str, billions: float) -> float:
     """Memory of a model of so many billion parameters, roughly."""
-    return form.per_parameter[stage] * billions * 1e9 / 2**30 + SPARE
+    held = form.trained + form.reference * (stage in REFERENCED) + form.reward * (stage in REWARDED)
+    spare = SPARE_TRL if issubclass(STAGES[stage], TrlConfig) else SPARE
+    return held * billions * 1e9 / 2**30 + spare
 
 
 def choose_form(stage: str, billions: float, memory_gib: float) -> Form:
@@ -62,7 +82,7 @@ def choose_form(stage: str, billions: float, memory_gib: float) -> Form:
     least = needed_gib(FORMS[-1], stage, billions)
     raise ConfigError(
         f"{billions:g} billion parameters do not fit into {memory_gib:g} GiB for {stage}: "
-        f"{FORMS[-1].words} needs about {least:.0f}",
+        f"{FORMS[-1].words} needs about {least:.0f} GiB",
         hint="take a smaller model",
     )
 
@@ -74,13 +94,14 @@ def billions_in_name(name: str) -> float | None:
     return None
 
 
-def starter_recipe(stage: str, model: str, form: Form, *, note: str, schema: str) -> str:
+def starter_recipe(stage: str, model: str, form: Form, *, note: str, schema: str, positions: int | None = None) -> str:
     """The recipe as YAML with comments.
 
     Args:
-        stage: sft, rm or ppo.
+        stage: a training stage.
         model: folder or hub id.
         form: how it is held and trained.
+        positions: tokens that the model has positions for, if that is known.
         note: first line, on what this is for.
         schema: file name of the JSON schema, for editors.
     """
@@ -90,10 +111,14 @@ def starter_recipe(stage: str, model: str, form: Form, *, note: str, schema: str
     }  # fmt: skip
     if "lora.rank" in chosen:
         chosen["optim.lr"] = RATES[stage]
-    if stage == "ppo":
-        chosen["ppo.reward"] = ["runs/rm/final"]
-    use = f"# Run it:  rlhfkit {stage} THIS_FILE     See first what it needs:  rlhfkit {stage} THIS_FILE --plan"
-    lines = [f"# yaml-language-server: $schema={schema}", f"# {note}", tr(use), "", f"stage: {stage}"]
+    if stage in REWARDED:
+        chosen[f"{stage}.reward"] = ["runs/rm/final"]
+    if positions:
+        chosen |= _within(stage, positions)
+    use = tr(f"# Run it:  rlhfkit {stage} THIS_FILE")
+    if "run.plan" not in STAGES[stage].refused:
+        use += tr(f"     See first what it needs:  rlhfkit {stage} THIS_FILE --plan")
+    lines = [f"# yaml-language-server: $schema={schema}", f"# {note}", use, "", f"stage: {stage}"]
     active = {*chosen, *ALWAYS}
     fields = [f for f in iterate_fields(STAGES[stage]) if f.path != "stage" and f.path not in NOT_IN_RECIPES]
     block = None
@@ -110,6 +135,17 @@ def starter_recipe(stage: str, model: str, form: Form, *, note: str, schema: str
         lines += [f"  # {line}" for line in textwrap.wrap(words, WIDTH - 4)]
         lines.append(f"  {mark}{name}: {json.dumps(value, ensure_ascii=False) if _flow(value) else _plain(value)}")
     return "\n".join(lines) + "\n"
+
+
+def _within(stage: str, positions: int) -> dict[str, Any]:
+    """Lengths that a model with few positions has room for, where the defaults are longer."""
+    default: Any = STAGES[stage]()
+    if default.data.max_length <= positions:
+        return {}
+    lengths = {"data.max_length": positions}
+    if (block := default.rollouts) is not None and block.max_new_tokens >= positions:
+        lengths[f"{stage}.max_new_tokens"] = positions // 2
+    return lengths
 
 
 def json_schema(stage: str) -> dict[str, Any]:

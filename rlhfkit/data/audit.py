@@ -20,9 +20,9 @@ from rlhfkit.chat.messages import Conversation
 from rlhfkit.chat.template import ChatEncoder
 from rlhfkit.data.batch import TokenRow
 from rlhfkit.data.parse import Stage
-from rlhfkit.data.records import REASONS_KEPT, PreferenceRecord, Record, SftRecord, Tally
+from rlhfkit.data.records import REASONS_KEPT, LabelledRecord, PreferenceRecord, Record, SftRecord, Tally
 from rlhfkit.data.sources import SourceReport
-from rlhfkit.data.tokenize import TokenReport, pair_row, prompt_row, sft_row
+from rlhfkit.data.tokenize import TokenReport, labelled_row, pair_row, prompt_row, sft_row
 from rlhfkit.errors import TemplateError
 
 UNCUT = 2**31  # a limit that no row reaches
@@ -39,14 +39,14 @@ class Finding:
         title: a few words for a table.
         advice: what it means and what to do.
         hurts: whether training is worse for it; ``--strict`` fails on these.
-        stages: whose rows may have it.
+        stages: what kinds of rows may have it.
     """
 
     key: str
     title: str
     advice: str
     hurts: bool = True
-    stages: tuple[Stage, ...] = ("sft", "rm", "ppo")
+    stages: tuple[Stage, ...] = ("sft", "rm", "kto", "ppo")
 
 
 FINDINGS = (
@@ -59,13 +59,13 @@ FINDINGS = (
         "empty_answers",
         "empty answer",
         "They are among the rows that cannot be used. Take them out.",
-        stages=("sft", "rm"),
+        stages=("sft", "rm", "kto"),
     ),
     Finding(
         "chosen_equals_rejected",
         "chosen equal to rejected",
         "Nothing to prefer: the texts are equal (such rows cannot be used), or their tokens are once they are cut.",
-        stages=("rm",),
+        stages=("rm", "kto"),
     ),
     Finding(
         "refused_by_template",
@@ -88,20 +88,20 @@ FINDINGS = (
         "truncated",
         "truncated",
         "They are longer than --max-length. Raise it, or split the rows.",
-        stages=("sft", "rm"),
+        stages=("sft", "rm", "kto"),
     ),
     Finding(
         "without_eos",
         "no end of turn",
         "The answer's end-of-turn token is lost: sft learns answers that do not stop, rm scores half an answer.",
-        stages=("sft", "rm"),
+        stages=("sft", "rm", "kto"),
     ),
     Finding("double_bos", "double BOS", "The template writes one BOS too many. Choose another --template."),
     Finding(
         "special_strings_in_answers",
         "special-token strings in answers",
         "They are learned as plain text, often the leftover of another tool's template. Take them out.",
-        stages=("sft", "rm"),
+        stages=("sft", "rm", "kto"),
     ),
     Finding(
         "special_strings",
@@ -120,11 +120,13 @@ class SeenRow:
     Args:
         where: its place, as ``file:line``.
         sequences: what goes into the model, after any cut: the conversation (sft), the prompt with each of its answers,
-            best first (rm), or the prompt (ppo). ``supervised`` marks what is learned, in rm the answers. Of a row
-            that the stage will not use, the whole, of which nothing is learned; none if the template refuses it.
+            best first (rm) or with a label each (kto), or the prompt (ppo). ``supervised`` marks what is learned, in
+            rm and kto the answers. Of a row that the stage will not use, the whole, of which nothing is learned; none
+            if the template refuses it.
         length: tokens of the longest sequence before any cut; 0 if there is none.
         unused: the key of the finding that keeps the row out of training, or empty.
         reason: the same in words.
+        labels: kto: of each sequence, whether its answer is desirable.
     """
 
     where: str
@@ -132,6 +134,7 @@ class SeenRow:
     length: int
     unused: str = ""
     reason: str = ""
+    labels: tuple[bool, ...] = ()
 
     @property
     def cut(self) -> int:
@@ -154,7 +157,8 @@ def see_row(record: Record, encoder: ChatEncoder, limit: int) -> SeenRow:
     length = max(map(len, whole), default=0)
     sequences = _sequences(record, encoder, limit) if length > limit else whole
     if sequences:
-        return SeenRow(record.where, sequences, length)
+        labels = record.labels if isinstance(record, LabelledRecord) else ()
+        return SeenRow(record.where, sequences, length, labels=labels)
     whole = tuple(_read_only(sequence.ids) for sequence in whole)
     if isinstance(record, SftRecord):
         return SeenRow(record.where, whole, length, "nothing_to_learn", f"nothing to learn within {limit} tokens")
@@ -167,11 +171,12 @@ def _sequences(record: Record, encoder: ChatEncoder, limit: int) -> tuple[TokenR
     if isinstance(record, SftRecord):
         row = sft_row(record, encoder, limit, counted)
         return () if row is None else (row,)
-    if isinstance(record, PreferenceRecord):
-        pair = pair_row(record, encoder, limit, counted)
+    if isinstance(record, (PreferenceRecord, LabelledRecord)):
+        answered: Any = labelled_row if isinstance(record, LabelledRecord) else pair_row
+        row = answered(record, encoder, limit, counted)
         return tuple(
-            TokenRow(np.concatenate([pair.prompt, ids]), np.arange(len(pair.prompt) + len(ids)) >= len(pair.prompt))
-            for ids in pair.answers
+            TokenRow(np.concatenate([row.prompt, ids]), np.arange(len(row.prompt) + len(ids)) >= len(row.prompt))
+            for ids in row.answers
         )
     prompt = prompt_row(record, encoder, limit, counted)
     return () if prompt is None else (_read_only(prompt.prompt),)
@@ -202,8 +207,8 @@ class Audit:
         limit: as in `see_row`.
 
     ``rows`` are those that could be read as rows of the stage; skipped ones are not among them. Tokens are counted
-    after any cut, of the rows that the stage will use: for rm those of every answer with its prompt. In rm nothing is
-    learned token by token, so ``supervised_tokens`` stays 0.
+    after any cut, of the rows that the stage will use: for rm and kto those of every answer with its prompt. There
+    nothing is learned token by token, so ``supervised_tokens`` stays 0.
     """
 
     limit: int
@@ -211,6 +216,8 @@ class Audit:
     found: dict[str, Tally] = field(default_factory=lambda: {finding.key: Tally() for finding in FINDINGS})
     assistant_turns: int = 0  # sft: of the rows that are used; a plain text counts as one
     turn_ends: int = 0  # sft: end-of-turn tokens that are learned
+    desirable: int = 0  # kto: answers of the rows that are used
+    undesirable: int = 0
     _lengths: array[int] = field(default_factory=lambda: array("I"))
     _hashes: array[int] = field(default_factory=lambda: array("Q"))
 
@@ -248,6 +255,8 @@ class Audit:
             self.found[key].extend(tally)
         self.assistant_turns += part.assistant_turns
         self.turn_ends += part.turn_ends
+        self.desirable += part.desirable
+        self.undesirable += part.undesirable
         self._lengths.extend(part._lengths)
         self._hashes.extend(part._hashes)
 
@@ -279,7 +288,10 @@ class Audit:
             source.supervised_tokens += sequence.targets
             self.assistant_turns += len(answers)
             self.turn_ends += int(np.count_nonzero(sequence.ids[sequence.supervised] == encoder.turn_end_id))
-        if isinstance(record, PreferenceRecord) and _some_equal(row.sequences):
+        if isinstance(record, LabelledRecord):
+            self.desirable += sum(record.labels)
+            self.undesirable += len(record.labels) - sum(record.labels)
+        if not isinstance(record, SftRecord) and _some_equal(row.sequences):
             self.found["chosen_equals_rejected"].add(where)
         if any(sequence.supervised.any() and not _ends(sequence, encoder) for sequence in row.sequences):
             self.found["without_eos"].add(where)
@@ -341,6 +353,10 @@ def dump_record(record: Record) -> dict[str, Any]:
             return {**row, "text": record.text}
         return {**row, "messages": _dicts(record.messages)}
     row["prompt"] = _dicts(record.prompt)
+    if isinstance(record, LabelledRecord):
+        if len(record.answers) == 1:
+            return {**row, "completion": record.answers[0], "label": record.labels[0]}
+        return {**row, "chosen": record.answers[0], "rejected": record.answers[1]}
     if not isinstance(record, PreferenceRecord):
         return {**row, **record.columns, "prompt": row["prompt"]}
     if len(record.answers) == 2:
@@ -356,7 +372,7 @@ def _dicts(messages: Conversation) -> list[dict[str, str]]:
 
 def _texts(record: Record) -> tuple[list[tuple[str, str]], list[str]]:
     """What is only read, each text with its role, and what is learned from; a plain text is all learned."""
-    if isinstance(record, PreferenceRecord):
+    if isinstance(record, (PreferenceRecord, LabelledRecord)):
         return [(m.role, m.content) for m in record.prompt], list(record.answers)
     if not isinstance(record, SftRecord):
         return [(m.role, m.content) for m in record.prompt], []

@@ -74,7 +74,7 @@ class _FormatFault(Exception):
         super().__init__(f"{why}; its fields are {listed or 'none'}")
 
 
-def parse_row(row: RawRow, stage: Stage) -> Record | LabelledRecord:
+def parse_row(row: RawRow, stage: Stage) -> Record:
     """The record that a row holds for a stage: SftRecord, PreferenceRecord, LabelledRecord or PromptRecord.
 
     Raises:
@@ -99,7 +99,8 @@ def fault_place(message: str) -> str:
 
 
 def likely_stage(fields: Fields) -> Stage | None:
-    """The stage that a row seems made for: ranked answers, else an answer or plain text, else a prompt.
+    """The stage that a row seems made for: ranked answers, else an answer (a labelled one: kto) or plain text, else a
+    prompt.
 
     Only the presence of fields counts, so that a row with a fault in it still says what it was meant to be.
     """
@@ -107,12 +108,14 @@ def likely_stage(fields: Fields) -> Stage | None:
     if given & {"chosen", "rejected"} or any(isinstance(fields.get(name), list) for name in ("answers", "output")):
         return "rm"
     if any(len(names) > 1 and all(name in fields for name in names) and given & set(names) for names in _SFT_FORMATS):
-        return "sft"
+        return "kto" if isinstance(fields.get("label"), bool) else "sft"
     conversation = fields.get("messages") or fields.get("conversations")
     if isinstance(conversation, list):
         turns = [turn for turn in conversation if isinstance(turn, dict)]
         roles = {ROLES.get(str(turn.get("role") or turn.get("from"))) for turn in turns}
-        return "sft" if "assistant" in roles else "ppo"
+        if "assistant" not in roles:
+            return "ppo"
+        return "kto" if isinstance(fields.get("label"), bool) else "sft"
     if given & {"prompt", *_PPO_PROMPTS}:
         return "ppo"
     return "sft" if "text" in given else None
@@ -318,7 +321,7 @@ def _has_only_answer(fields: Fields) -> bool:
     return present == {"prompt", "answer"}
 
 
-_PARSERS: dict[Stage, Callable[[RawRow], Record | LabelledRecord]] = {
+_PARSERS: dict[Stage, Callable[[RawRow], Record]] = {
     "sft": _parse_sft,
     "rm": _parse_preference,
     "kto": _parse_labelled,

@@ -55,7 +55,7 @@ class PromptRecord:
     columns: Mapping[str, Any] = field(default_factory=dict)
 
 
-Record = SftRecord | PreferenceRecord | PromptRecord
+Record = SftRecord | PreferenceRecord | LabelledRecord | PromptRecord
 
 
 @dataclass

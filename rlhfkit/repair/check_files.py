@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -272,7 +273,10 @@ def check_dtype(patient: Patient) -> Iterator[Finding]:
         yield Finding("dtype", "warn", f"mixed: {', '.join(sorted(sizes))}; config.json says {stated or 'nothing'}")
     elif stated and main and stated != main:
         detail = f"the weights are {main}, config.json says {stated}: loaders with dtype='auto' follow config.json"
-        yield Finding("dtype", "warn", detail, f'set "dtype": "{main}" in config.json, if no rounding is meant')
+        key = "dtype" if patient.config.get("dtype") else "torch_dtype"
+        change = f's/"{key}": "{patient.config[key]}"/"{key}": "{main}"/'
+        fix = f"sed -i {shlex.quote(change)} {shlex.quote(str(patient.path / CONFIG))}"
+        yield Finding("dtype", "warn", detail, fix)
     elif main:
         yield Finding("dtype", "pass", main if stated else f"{main}; config.json does not say")
 

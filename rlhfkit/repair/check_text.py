@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 
 from rlhfkit.chat.messages import Message, Role
@@ -19,7 +20,6 @@ _TALK: tuple[tuple[Role, str], ...] = (
     ("user", "Thanks"),
 )
 _OWN_PAD = "training here gives it a pad of its own"
-_OTHER_TEMPLATE = "choose a shipped format with --template"
 
 
 def check_tokenizer(patient: Patient) -> Iterator[Finding]:
@@ -82,11 +82,10 @@ def check_template(patient: Patient) -> Iterator[Finding]:
             name = patient.family.choose_template(patient.config, tokenizer.get_vocab())
             template = load_template(name)
             detail = f"none in the folder; the family's, '{name}', is used"
-            yield Finding("chat template", "warn", detail, f"training here writes it; another: --template {name}")
+            yield Finding("chat template", "warn", detail, _with_template(patient, name))
         else:
-            yield Finding(
-                "chat template", "warn", "none in the folder, and no family to take one from", "--template NAME"
-            )
+            detail = "none in the folder, and no family to take one from"
+            yield Finding("chat template", "warn", detail, _with_template(patient))
             return
         encoder = ChatEncoder(tokenizer, template)
         control = encoder.turn_end
@@ -95,7 +94,7 @@ def check_template(patient: Patient) -> Iterator[Finding]:
         ids = encoder.encode_prompt(talk)
     except (TemplateError, KeyError, TypeError) as error:
         text = error.message if isinstance(error, TemplateError) else f"it is damaged: {first_line(error)}"
-        yield Finding("chat template", "fail", text, _OTHER_TEMPLATE)
+        yield Finding("chat template", "fail", text, _with_template(patient))
         return
     text = tokenizer.decode(ids, skip_special_tokens=False)
     lost = [m.content for m in talk if not _holds(text, m.content)]
@@ -103,14 +102,18 @@ def check_template(patient: Patient) -> Iterator[Finding]:
         1 for i, learned in zip(encoded.ids, encoded.supervised, strict=True) if learned and i == encoder.turn_end_id
     )
     if lost:
-        yield Finding(
-            "chat template", "fail", f"a message does not come back from its ids: {lost[0]!r}", "--template NAME"
-        )
+        detail = f"a message does not come back from its ids: {lost[0]!r}"
+        yield Finding("chat template", "fail", detail, _with_template(patient))
     elif ends != 1:
-        yield Finding("chat template", "fail", f"an answer ends {ends} times with {control!r}", _OTHER_TEMPLATE)
+        yield Finding("chat template", "fail", f"an answer ends {ends} times with {control!r}", _with_template(patient))
     elif recorded or own:
         yield Finding("chat template", "pass", f"'{template.name}': round-trips, turns end with {control!r}")
     yield from _stop_ids(patient, encoder.turn_end, encoder.turn_end_id)
+
+
+def _with_template(patient: Patient, name: str = "NAME") -> str:
+    """The command whose run saves its model with a template; all names: rlhfkit sft --help."""
+    return f"rlhfkit sft --model {shlex.quote(str(patient.path))} --data DATA --template {name}"
 
 
 def _holds(text: str, content: str) -> bool:

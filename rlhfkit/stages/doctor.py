@@ -25,21 +25,23 @@ def run(path: Path, *, as_json: bool) -> list[Finding]:
     """Examine a folder (of a run: its ``final/``) and print what was found.
 
     Raises:
-        ModelError: there is no such folder.
+        ModelError: there is no such folder; as JSON that is printed first, as a check that failed.
     """
     if not path.is_dir():
-        raise ModelError(
+        absent = ModelError(
             f"no folder at {path}",
             hint="doctor reads folders: download a hub model first, or give the path of the folder",
         )
+        if as_json:  # a program that reads the answer gets one
+            _print_json(path, [Finding("folder", "fail", absent.message, absent.hint)])
+        raise absent
     final = path / "final"
     if final.is_dir() and not any((path / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
         path = final
     findings = examine(path)
     counts = Counter(finding.state for finding in findings)
     if as_json:
-        result = {"path": str(path), "ok": not counts["fail"], "checks": [asdict(finding) for finding in findings]}
-        print(json.dumps(result, ensure_ascii=False, indent=2))
+        _print_json(path, findings)
         return findings
     console = Console()
     table = Table(title=Text(str(path)), title_justify="left")
@@ -54,3 +56,9 @@ def run(path: Path, *, as_json: bool) -> list[Finding]:
     console.print(table)
     console.print(tr(f"{counts['pass']} pass, {counts['warn']} warn, {counts['fail']} fail"))
     return findings
+
+
+def _print_json(path: Path, findings: list[Finding]) -> None:
+    checks = [asdict(finding) for finding in findings]
+    result = {"path": str(path), "ok": all(finding.state != "fail" for finding in findings), "checks": checks}
+    print(json.dumps(result, ensure_ascii=False, indent=2))

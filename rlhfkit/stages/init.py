@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from rlhfkit.config.starter import (
+    DATA,
     FORMS,
     Form,
     billions_in_name,
@@ -16,17 +17,18 @@ from rlhfkit.config.starter import (
 )
 from rlhfkit.errors import ConfigError
 from rlhfkit.families.registry import named_family
+from rlhfkit.models.folder import open_model
 from rlhfkit.runtime.records import replace_text
 from rlhfkit.words import tr
 
-STAGES = ("sft", "rm", "ppo")
+STAGES = tuple(DATA)
 
 
 def run(stage: str, *, model: str, family: str, memory_gib: float, out: Path | None, force: bool) -> tuple[Path, Path]:
     """Write a recipe; returns its path and its schema's.
 
     Args:
-        stage: sft, rm or ppo.
+        stage: a training stage.
         model: folder or hub id; the largest of the family's that fits is taken if it is empty.
         family: whose models to choose from.
         memory_gib: what the GPU, or the machine, has.
@@ -53,7 +55,8 @@ def run(stage: str, *, model: str, family: str, memory_gib: float, out: Path | N
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     replace_text(schema, json.dumps(json_schema(stage), indent=2) + "\n")
-    replace_text(target, starter_recipe(stage, model, form, note=tr(note), schema=schema.name))
+    recipe = starter_recipe(stage, model, form, note=tr(note), schema=schema.name, positions=_positions(model))
+    replace_text(target, recipe)
     return target, schema
 
 
@@ -72,6 +75,11 @@ def _billions(model: str) -> float:
     raise ConfigError(
         f"how large {model} is cannot be told from its name", hint="give a local folder, or a name like Qwen2.5-7B"
     )
+
+
+def _positions(model: str) -> int | None:
+    """Tokens that a model folder has positions for; nothing is downloaded to find out."""
+    return open_model(model).positions if Path(model).is_dir() else None
 
 
 def _largest(stage: str, family: str, memory_gib: float) -> tuple[str, float, Form]:

@@ -81,7 +81,7 @@ def run(config: StageConfig, *, detected: bool, rows: int, as_json: bool, dump: 
                 audit.extend(part)
                 report.extend(read)
                 write(lines)
-            refuse_unusable(report, _stage(config))
+            refuse_unusable(report, _kind(config))
             reports.append(report)
     audit.finish(lambda wanted: _wheres(chain.from_iterable(_records(places, config)), wanted))
 
@@ -94,7 +94,7 @@ def run(config: StageConfig, *, detected: bool, rows: int, as_json: bool, dump: 
         console.print(_legend(config, plain=_is_plain(console)))
     for record in islice(_in_turn(_records(places, config)), rows):
         row = see_row(record, text.encoder, limit)
-        console.print(row_panel(row, text.encoder, config.stage, plain=_is_plain(console)))
+        console.print(row_panel(row, text.encoder, config.row_kind, plain=_is_plain(console)))
     _show_counts(console, audit, reports, config)
     if dump is not None:
         console.print(shown(f"{audit.rows:,} records are in {dump}"), soft_wrap=True)
@@ -113,6 +113,8 @@ def counts(audit: Audit, config: StageConfig, text: TextSide) -> dict[str, Any]:
         "supervised_tokens": audit.supervised_tokens,
         "assistant_turns": audit.assistant_turns,
         "turn_ends_learned": audit.turn_ends,
+        "desirable": audit.desirable,
+        "undesirable": audit.undesirable,
         **{finding.key: audit.found[finding.key].count for finding in FINDINGS},
         "examples": {finding.key: audit.found[finding.key].first for finding in FINDINGS},
         "hurting": [finding.key for finding in audit.hurting()],
@@ -219,20 +221,24 @@ def stretches(sequence: TokenRow, encoder: ChatEncoder) -> list[tuple[Kind, str]
     return found
 
 
-def row_panel(row: SeenRow, encoder: ChatEncoder, stage: str, *, plain: bool) -> Panel:
+def row_panel(row: SeenRow, encoder: ChatEncoder, kind: str, *, plain: bool) -> Panel:
     """One row for the screen; ``plain``: what is learned is told by marks, since colours cannot be shown."""
     parts: list[Text] = []
     for index, sequence in enumerate(row.sequences):
-        if stage == "rm":
-            parts.append(shown(_answer_name(index, len(row.sequences)), style="bold underline"))
-        colour = "red" if stage == "rm" and index else "green"
+        name, colour = "", "green"
+        if kind == "rm":
+            name, colour = _answer_name(index, len(row.sequences)), "red" if index else "green"
+        elif row.labels:
+            name, colour = (mark("desirable"), "green") if row.labels[index] else (mark("undesirable"), "red")
+        if name:
+            parts.append(shown(name, style="bold underline"))
         parts.append(_coloured(stretches(sequence, encoder), colour, plain=plain))
     if row.unused:
         parts.append(shown(f"not used: {row.reason}", style="bold red"))
     elif row.cut:
         parts.append(shown(f"✂ {row.cut:,} of {row.length:,} tokens are cut", style="bold red"))
     words = [row.where, f"{sum(map(len, row.sequences)):,} tokens"]
-    if stage == "sft" and not row.unused:
+    if kind == "sft" and not row.unused:
         words.append(f"{sum(sequence.targets for sequence in row.sequences):,} learned")
     return Panel(Group(*parts), title=Text(" · ".join(map(tr, words))), title_align="left", border_style="dim")
 
@@ -264,10 +270,11 @@ def _shortened(words: str) -> str:
 
 
 def _legend(config: StageConfig, *, plain: bool) -> Text:
-    end = "end of turn, learned too" if config.stage == "sft" else "its end, where its score is read"
+    ends = {"sft": "end of turn, learned too", "rm": "its end, where its score is read"}
     pairs: list[tuple[Kind, str]] = [("context", "what the model reads"), ("control", "  control tokens  ")]
-    if config.stage != "ppo":
-        pairs += [("learned", "what is learned " if config.stage == "sft" else "an answer "), ("end", end)]
+    if config.row_kind != "ppo":
+        learned = "what is learned " if config.stage == "sft" else "an answer "
+        pairs += [("learned", learned), ("end", ends.get(config.stage, "its end"))]
     return _coloured([(kind, tr(words)) for kind, words in pairs], "green", plain=plain)
 
 
@@ -281,7 +288,7 @@ def _count(
     """What there is to say of a stretch of a source, and its lines of a dump."""
     part, report, lines = Audit(limit), SourceReport(""), []
     part.start("", 1.0)
-    records = list(parse_items(items, _stage(config), config.data.on_bad_row, report))
+    records = list(parse_items(items, _kind(config), config.data.on_bad_row, report))
     part.skip(report)
     for record in records:
         part.add(record, encoder)
@@ -293,12 +300,12 @@ def _count(
 def _records(places: Sequence[Place], config: StageConfig) -> list[Iterator[Record]]:
     """The records of each source, read anew."""
     nobody = SourceReport("")
-    return [parse_items(place.items(), _stage(config), config.data.on_bad_row, nobody) for place in places]
+    return [parse_items(place.items(), _kind(config), config.data.on_bad_row, nobody) for place in places]
 
 
-def _stage(config: StageConfig) -> Stage:
-    stage: Any = config.stage  # a Literal in each stage's own class
-    return stage
+def _kind(config: StageConfig) -> Stage:
+    kind: Any = config.row_kind  # a Literal of `rlhfkit.data.parse`
+    return kind
 
 
 def _wheres(records: Iterable[Record], wanted: set[int]) -> dict[int, str]:
@@ -316,7 +323,7 @@ def _in_turn(groups: Sequence[Iterable[Record]]) -> Iterator[Record]:
 
 
 def _show_setting(console: Console, config: StageConfig, text: TextSide, *, detected: bool, limit: int) -> None:
-    what = tr("prompts") if config.stage == "ppo" else tr("rows")
+    what = tr("prompts") if config.row_kind == "ppo" else tr("rows")
     stage = (
         f"{config.stage} data (as the rows look; say otherwise with --stage)" if detected else f"{config.stage} data"
     )
@@ -336,10 +343,14 @@ def _show_counts(console: Console, audit: Audit, reports: Sequence[SourceReport]
         words = f"{audit.turn_ends:,} ends of turn are learned, in {audit.assistant_turns:,} assistant turns"
         never = audit.assistant_turns and not audit.turn_ends
         console.print(shown(f"{words}: the model will not learn to stop" if never else words), soft_wrap=True)
+    if config.stage == "kto":
+        words = f"{audit.desirable:,} desirable answers, {audit.undesirable:,} undesirable ones"
+        one_kind = not (audit.desirable and audit.undesirable)
+        console.print(shown(f"{words}: nothing tells them apart" if one_kind else words), soft_wrap=True)
     there = [finding for finding in FINDINGS if audit.found[finding.key].count]
     if there:
         console.print(_finding_table(there, audit))
-    absent = [f.title for f in FINDINGS if f not in there and config.stage in f.stages]
+    absent = [f.title for f in FINDINGS if f not in there and config.row_kind in f.stages]
     if absent:
         console.print(shown(f"no row: {tr(', ').join(map(tr, absent))}"))
     hurting = audit.hurting()
@@ -374,7 +385,7 @@ def _histogram(audit: Audit, config: StageConfig) -> Group:
     lengths = audit.lengths()
     if not lengths["histogram"]:
         return Group()
-    what = {"sft": "rows", "rm": "prompts with their longest answer", "ppo": "prompts"}[config.stage]
+    what = {"sft": "rows", "ppo": "prompts"}.get(config.row_kind, "prompts with their longest answer")
     figures = ", ".join(f"{name} {lengths[name]:,}" for name in ("min", "median", "mean", "p90", "p99", "max"))
     table = Table.grid(padding=(0, 1))
     table.add_column(justify="right")

@@ -24,7 +24,7 @@ def written(tmp_path: Path, stage: str, **changes: Any) -> Path:
     return recipe
 
 
-@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
+@pytest.mark.parametrize("stage", init.STAGES)
 @pytest.mark.parametrize("memory", [6.0, 24.0, 400.0])
 @pytest.mark.parametrize("family", ["qwen", "llama"])
 def test_a_recipe_loads(tmp_path: Path, stage: str, memory: float, family: str) -> None:
@@ -34,7 +34,7 @@ def test_a_recipe_loads(tmp_path: Path, stage: str, memory: float, family: str) 
     assert config.optim.lr <= 2e-4
 
 
-@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
+@pytest.mark.parametrize("stage", init.STAGES)
 def test_every_key_is_there_with_its_default(tmp_path: Path, stage: str) -> None:
     recipe = written(tmp_path, stage)
     as_it_is = load_config(STAGES[stage], recipe=str(recipe))
@@ -52,10 +52,25 @@ def test_every_key_is_there_with_its_default(tmp_path: Path, stage: str) -> None
 
 def test_the_form_goes_by_memory(tmp_path: Path) -> None:
     assert [choose_form("sft", 7.0, gib) for gib in (8, 24, 200)] == [FORMS[2], FORMS[1], FORMS[0]]
-    with pytest.raises(ConfigError, match="needs about 7"):
+    with pytest.raises(ConfigError, match="needs about 7 GiB"):
         choose_form("sft", 7.0, 5)
     assert "Qwen2.5-32B" in written(tmp_path, "sft", memory_gib=40.0).read_text()
     assert "SmolLM2-135M" in written(tmp_path, "ppo", memory_gib=2.3, family="llama").read_text()
+
+
+def test_lengths_stay_within_a_folders_positions(tiny_model: Path, tmp_path: Path) -> None:
+    positions = json.loads((tiny_model / "config.json").read_text())["max_position_embeddings"]
+    assert positions < 1024
+    for stage in init.STAGES:
+        recipe = written(tmp_path, stage, model=str(tiny_model))
+        config = load_config(STAGES[stage], recipe=str(recipe))
+        assert config.data.max_length == positions
+        assert config.row_limit >= positions // 2
+
+
+@pytest.mark.parametrize("stage", init.STAGES)
+def test_only_what_can_be_planned_is_planned(tmp_path: Path, stage: str) -> None:
+    assert ("--plan" in written(tmp_path, stage).read_text()) == (stage in ("sft", "rm", "ppo"))
 
 
 def test_a_folder_is_weighed(tiny_model: Path, tmp_path: Path) -> None:
@@ -84,7 +99,7 @@ def test_what_it_refuses(tmp_path: Path) -> None:
     assert recipe.read_text() == before
     with pytest.raises(ConfigError, match="cannot be told from its name"):
         written(tmp_path, "sft", model="some/model")
-    with pytest.raises(ConfigError, match="there is no recipe for 'dpo'"):
-        written(tmp_path, "dpo")
+    with pytest.raises(ConfigError, match="there is no recipe for 'generate'"):
+        written(tmp_path, "generate")
     with pytest.raises(FamilyError, match="no family called 'gpt'"):
         written(tmp_path, "sft", family="gpt")

@@ -41,6 +41,13 @@ PAIRS = [
     {"prompt": "a film?", "chosen": LONG + "1", "rejected": LONG + "2"},
 ]
 PROMPTS = [{"prompt": "say one word", "n": 1}, {"prompt": LONG, "n": 2}]
+LABELLED = [
+    {"prompt": "a film?", "completion": "good", "label": True},
+    {"prompt": "a film?", "completion": "bad", "label": False},
+    {"messages": [{"role": "user", "content": "a film?"}, {"role": "assistant", "content": LONG}], "label": False},
+    {"prompt": "a film?", "completion": "one", "label": "perhaps"},  # 4: no label
+    PAIRS[0],
+]
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +55,7 @@ def files(workplace: Path) -> None:
     write_jsonl(Path("sft.jsonl"), SFT)
     write_jsonl(Path("pairs.jsonl"), PAIRS)
     write_jsonl(Path("prompts.jsonl"), PROMPTS)
+    write_jsonl(Path("labelled.jsonl"), LABELLED)
     write_jsonl(Path("good.jsonl"), GOOD)
 
 
@@ -105,6 +113,24 @@ def test_pair_counts(cli: Any) -> None:
     assert found["examples"]["without_eos"] == ["pairs.jsonl:4"]
 
 
+def test_labelled_counts(cli: Any) -> None:
+    found = counts(cli, "labelled.jsonl")
+    assert (found["stage"], found["rows"], found["skipped"]) == ("kto", 4, 1)
+    assert (found["desirable"], found["undesirable"]) == (2, 3)
+    assert found["examples"]["without_eos"] == found["examples"]["truncated"] == ["labelled.jsonl:3"]
+
+
+@pytest.mark.parametrize(("stage", "like"), [("dpo", "rm"), ("grpo", "ppo"), ("rloo", "ppo")])
+def test_stages_through_trl_read_the_same_rows(cli: Any, stage: str, like: str) -> None:
+    flags = ("--max-new-tokens", "8") if like == "ppo" else ()
+    theirs, ours = (counts(cli, "pairs.jsonl", "--stage", name, *flags) for name in (stage, like))
+    assert theirs == {**ours, "stage": stage}
+    Path("tune.yaml").write_text(f"stage: {stage}\nmodel: {{path: tiny}}\ndata: {{train: [pairs.jsonl]}}\n")
+    shown = cli("inspect", "--config", "tune.yaml", "--max-length", "64", *flags).out
+    assert f"{stage} data; " in shown
+    assert ("where its score is read" in shown) is False
+
+
 def test_prompt_counts(cli: Any) -> None:
     found = counts(cli, "prompts.jsonl", "--max-new-tokens", "8")
     assert (found["stage"], found["rows"], found["too_long"], found["limit"]) == ("ppo", 2, 1, 56)
@@ -147,12 +173,21 @@ def test_json_is_all_there_is_on_stdout(cli: Any) -> None:
     assert found["duplicates"] == 2
 
 
-@pytest.mark.parametrize("name", ["sft.jsonl", "pairs.jsonl", "prompts.jsonl"])
+@pytest.mark.parametrize("name", ["sft.jsonl", "pairs.jsonl", "prompts.jsonl", "labelled.jsonl"])
 def test_a_dump_is_data_again(cli: Any, name: str) -> None:
     flags = () if name != "prompts.jsonl" else ("--max-new-tokens", "8")
     first = counts(cli, name, "--dump", "dump.jsonl", *flags)
-    again = counts(cli, "dump.jsonl", *flags)
-    for key in ("rows", "tokens", "supervised_tokens", "truncated", "special_strings", "duplicates", "too_long"):
+    again = counts(cli, "dump.jsonl", "--stage", first["stage"], *flags)
+    for key in (
+        "rows",
+        "tokens",
+        "supervised_tokens",
+        "truncated",
+        "special_strings",
+        "duplicates",
+        "too_long",
+        "undesirable",
+    ):
         assert again[key] == first[key]
     assert again["skipped"] == 0
     rows = [json.loads(line) for line in Path("dump.jsonl").read_text().splitlines()]
@@ -223,7 +258,8 @@ def test_columns_beyond_json_become_text(cli: Any) -> None:
         ("pairs.jsonl --stage sft", 1, "none of its 4 rows can be used for sft"),
         ("sft.jsonl --on-bad-row error", 1, 'sft.jsonl:2: field "response": the answer is empty'),
         ("god.jsonl", 1, "god.jsonl: no such file or folder"),
-        ("sft.jsonl --stage dpo", 2, "there is no stage 'dpo' that trains on rows"),
+        ("sft.jsonl --stage generate", 2, "there is no stage 'generate' that trains on rows"),
+        ("sft.jsonl --stage kto", 1, "none of its 9 rows can be used for kto"),
         ("sft.jsonl --stage sft --max-new-tokens 8", 2, "ppo.max_new_tokens: has no effect on sft rows"),
         (
             "prompts.jsonl --max-new-tokens 64",
@@ -310,6 +346,9 @@ def test_pairs_and_prompts_are_shown(cli: Any) -> None:
     shown = inspect(cli, "pairs.jsonl", "--stage", "rm").out
     assert shown.index("chosen") < shown.index("⟦good<|im_end|>◀⟧") < shown.index("⟦bad<|im_end|>◀⟧")
     assert "tokens are cut" in shown
+    shown = inspect(cli, "labelled.jsonl", "--rows", "2").out
+    assert re.search(r"│ desirable .*⟦good<.im_end.>◀⟧.*│ undesirable .*⟦bad<.im_end.>◀⟧", shown, re.DOTALL)
+    assert "2 desirable answers, 3 undesirable ones" in shown
     shown = inspect(cli, "prompts.jsonl", "--max-new-tokens", "8", "--rows", "1").out
     assert "say one word<|im_end|>" in shown
     assert "⟦" not in shown

@@ -287,10 +287,21 @@ def test_command_on_a_run_and_on_nothing(tmp_path: Path, capsys: pytest.CaptureF
     assert (report["path"], report["ok"]) == (str(tmp_path / "run" / "final"), True)
     with pytest.raises(ModelError, match="no folder at"):
         run(tmp_path / "nothing", as_json=False)
+    with pytest.raises(ModelError, match="no folder at"):
+        run(tmp_path / "nothing", as_json=True)
+    report = json.loads(capsys.readouterr().out)
+    assert (report["ok"], report["checks"][0]["state"]) == (False, "fail")
     empty = tmp_path / "empty"
     empty.mkdir()
     assert {f.check for f in run(empty, as_json=False) if f.state == "fail"} == {"files", "weights", "tokenizer"}
     assert "→" in capsys.readouterr().out
+
+
+def test_the_command_mends_the_dtype(tmp_path: Path) -> None:
+    folder = healthy(tmp_path / "a b")
+    _retyped(folder)
+    subprocess.run(found(folder)["dtype"].fix, shell=True, check=True)
+    assert found(folder)["dtype"].state == "pass"
 
 
 def test_exit_code(tmp_path: Path) -> None:

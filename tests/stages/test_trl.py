@@ -332,6 +332,7 @@ def test_kto_labels_and_answers_to_other_prompts(of: Make, monkeypatch: pytest.M
     ("stage", "changes", "words"),
     [
         ("sft", {"optim__packing": False}, "nothing to pack; leave --engine trl out"),
+        ("rm", {"optim__packing": True}, "nothing to pack; leave --engine trl out"),  # its default, asked for
         ("rm", {"rm__label_smoothing": 0.1}, "no label smoothing; leave --engine trl out"),
         ("rm", {"run__plan": True}, r"run\.plan: what a run on TRL holds is not known beforehand"),
         ("dpo", {"optim__packing": True}, r"optim\.packing: TRL computes padded rows"),
