@@ -1,4 +1,4 @@
-"""LoRA layers in three products and a sum.
+"""LoRA layers in three products.
 
 peft casts a layer's input to float32 for the adapter, which autocast casts back: two copies of the activations for each
 adapted layer, kept until the backward pass, and half of the time of a decoding step.
@@ -26,17 +26,68 @@ def use_fast_lora(model: Any) -> None:
 
 def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """y = W x + b + s B A x (Hu et al. 2021) with the one active adapter; whatever is more goes peft's own way."""
+    found: Tensor
     active = [name for name in self.active_adapters if name in self.lora_A]
     plain = not (args or kwargs or self.disable_adapters or self.merged) and len(active) == 1
     if not plain or not _is_plain(self, active[0]):
-        found: Tensor = type(self).forward(self, x, *args, **kwargs)
+        found = type(self).forward(self, x, *args, **kwargs)
         return found
-    name = active[0]
-    down, up = self.lora_A[name].weight, self.lora_B[name].weight
-    out: Tensor = self.base_layer(x)
+    base, scale = self.base_layer, self.scaling[active[0]]
+    down, up = self.lora_A[active[0]].weight, self.lora_B[active[0]].weight
+    kind = x.device.type
+    autocast = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if autocast else down.dtype
+    # A base that has another forward is laid out for a few rows (`decoding`).
+    frozen = type(base.weight) is nn.Parameter and not base.weight.requires_grad and "forward" not in vars(base)
+    if frozen and (autocast or x.dtype == base.weight.dtype == dtype):
+        found = AdaptedLinear.apply(x, base.weight, base.bias, down, up, scale, dtype)
+        return found
+    out: Tensor = base(x)
     # Without autocast the adapter has a number format of its own.
-    inside = x if x.dtype == down.dtype or torch.is_autocast_enabled(x.device.type) else x.to(down.dtype)
-    return out.add_(linear(linear(inside, down), up), alpha=self.scaling[name])
+    inside = x if autocast or x.dtype == dtype else x.to(dtype)
+    return out.add_(linear(linear(inside, down), up), alpha=scale)
+
+
+class AdaptedLinear(torch.autograd.Function):
+    """x W' + b + s (x A') B' of a frozen W. Sums are made in the place of one of their terms."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        scale: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.formats, ctx.scale = (x.dtype, down.dtype, up.dtype), scale
+        flat, weight, down, up = (t.to(dtype) for t in (x.flatten(0, -2), weight, down, up))
+        with torch.autocast(x.device.type, enabled=False):
+            out = linear(flat, weight, None if bias is None else bias.to(dtype))
+            inside = linear(flat, down)
+            out.addmm_(inside, up.t(), alpha=scale)
+        ctx.save_for_backward(flat, weight, down, up, inside)
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        flat, weight, down, up, inside = ctx.saved_tensors
+        of_x, of_down, of_up = ctx.formats
+        wanted, scale = ctx.needs_input_grad, ctx.scale
+        push = grad.flatten(0, -2).to(weight.dtype)
+        narrow = push @ up
+        grad_x = (push @ weight).addmm_(narrow, down, alpha=scale) if wanted[0] else None
+        return (
+            None if grad_x is None else grad_x.view(*grad.shape[:-1], -1).to(of_x),
+            None,
+            push.sum(dim=0) if wanted[2] else None,
+            (narrow.t() @ flat).to(of_down).mul_(scale) if wanted[3] else None,
+            (push.t() @ inside).to(of_up).mul_(scale) if wanted[4] else None,
+            None,
+            None,
+        )
 
 
 def _is_plain(layer: Any, name: str) -> bool:

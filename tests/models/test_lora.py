@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from rlhfkit.config.blocks import LoraConfig
-from rlhfkit.data.batch import collate, token_row
+from rlhfkit.data.batch import TokenBatch, collate, token_row
 from rlhfkit.models.folder import open_model
 from rlhfkit.models.load import load_model, load_text_side
+from rlhfkit.models.lora import AdaptedLinear
 from rlhfkit.models.wrappers import LanguageModel
 
 
@@ -38,11 +39,15 @@ def as_peft_has_it(model: Any) -> Any:
     return plain
 
 
-def outcome(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
+def some_rows() -> TokenBatch:
     draw = torch.Generator().manual_seed(3)
     rows = [torch.randint(3, 300, (n,), generator=draw).tolist() for n in (9, 14, 5)]
+    return collate([token_row(ids, [True] * len(ids)) for ids in rows])
+
+
+def outcome(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
-    found = LanguageModel(model)(collate([token_row(ids, [True] * len(ids)) for ids in rows])).logprobs
+    found = LanguageModel(model)(some_rows()).logprobs
     found.sum().backward()
     return found.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -55,6 +60,30 @@ def test_results_and_gradients_are_those_of_peft(adapted: Any) -> None:
     assert all("lora_" in name for name in gradients)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_are_the_functions() -> None:
+    draw = torch.Generator().manual_seed(0)
+
+    def table(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+
+    x, down, up = (t.requires_grad_() for t in (table(1, 5, 7), table(2, 7), table(6, 2)))
+    weight, bias = table(6, 7), table(6)
+    y = AdaptedLinear.apply(x, weight, bias, down, up, 0.7, torch.float64)
+    torch.testing.assert_close(y, x @ weight.t() + bias + 0.7 * x @ down.t() @ up.t())
+    assert torch.autograd.gradcheck(AdaptedLinear.apply, (x, weight, bias, down, up, 0.7, torch.float64))
+    assert torch.autograd.gradcheck(AdaptedLinear.apply, (x, weight, None, down, up, 0.7, torch.float64))
+
+
+def test_a_pass_without_gradients_gives_the_same_numbers(adapted: Any) -> None:
+    """To the last bit: PPO compares the two."""
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found, _ = outcome(adapted)
+            with torch.no_grad():
+                again = LanguageModel(adapted)(some_rows()).logprobs
+        assert torch.equal(found, again)
 
 
 def test_in_bf16_too(adapted: Any) -> None:
