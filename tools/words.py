@@ -37,7 +37,7 @@ NOT_SHOWN = (
 PROSE = re.compile(r"\S +\S*[A-Za-z]{2}|[A-Za-z]{2}.*[ :].*\{\}|\{\}.*[ :].*[A-Za-z]{2}")
 WORD = re.compile(r"[A-Za-z]{2}")
 SHOWN_BY_JINJA = re.compile(r"""\b(?:tr\("|raise_exception\(')([^"']+)["']\)""")
-COMMAND = re.compile(r"(rlhfkit|pip|git) (-C \S+ )?[a-z-]+ ")
+COMMAND = re.compile(r"(rlhfkit|pip|git|sed) (-C \S+ )?[a-z-]+ ")
 THEIRS = "theirs"  # what Typer, Click, pydantic, the JSON parser and the system say
 
 

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 ROWS_AT_ONCE = 4096  # of a head whose 16-bit gradient is added to a float32 one
+ON_CPU, ON_GPU = 32, 128  # tokens whose exponentials exist at one time: on a CPU they stay in its cache
 CHUNK_TOKENS = 512  # at a vocabulary of 152k, one chunk of float32 logits takes 0.3 GiB
 
 
@@ -93,7 +94,8 @@ class _LinearStats(torch.autograd.Function):
 
     With z the logits over the temperature, p = softmax(z) and S its entropy: d logprob / dz = onehot - p and
     dS / dz = -p (log p + S). One buffer of [chunk, V] float32 serves all chunks of a pass: on a CPU, fresh memory for
-    each would cost more than the arithmetic.
+    each would cost more than the arithmetic. The last chunk's logits stay in it for the backward pass, which needs the
+    buffer anyway, and computes those of the others again.
     """
 
     @staticmethod
@@ -111,19 +113,13 @@ class _LinearStats(torch.autograd.Function):
         hidden, rows, offset = _as_computed(hidden, weight, bias, vocabulary)
         log_z = hidden.new_empty(len(hidden), dtype=torch.float32)
         logprobs, entropy = torch.empty_like(log_z), torch.zeros_like(log_z)
-        # Entropies need the logits beside their exponentials: half as many at a time take the same memory.
-        at_once = max(1, chunk_tokens // 2) if with_entropy else chunk_tokens
+        ctx.kept = None
         with torch.autocast(hidden.device.type, enabled=False):
-            for part, z, _ in _logit_chunks(hidden, rows, offset, temperature, at_once):
-                chosen = z.gather(1, targets[part, None]).squeeze(1)
-                top = z.amax(dim=-1)
-                # In place from here on: z - top, then its exponential.
-                weights = z.sub_(top[:, None]) if not with_entropy else z.sub(top[:, None])
-                total = weights.exp_().sum(dim=-1)
-                log_z[part] = top + total.log()
-                logprobs[part] = chosen - log_z[part]
-                if with_entropy:
-                    entropy[part] = log_z[part] - (weights.mul_(z).sum(dim=-1) / total)
+            for chunk in _logit_chunks(hidden, rows, offset, temperature, chunk_tokens):
+                part, z = chunk.part, chunk.z
+                log_z[part] = _log_sum_exp(z, entropy[part] if with_entropy else None)
+                logprobs[part] = z.gather(1, targets[part, None]).squeeze(1) - log_z[part]
+                ctx.kept = chunk
         ctx.save_for_backward(hidden, rows, offset, targets, log_z, entropy)
         ctx.settings, ctx.weight, ctx.bias = (temperature, chunk_tokens), weight, bias
         return logprobs, entropy
@@ -132,9 +128,10 @@ class _LinearStats(torch.autograd.Function):
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, rows, offset, targets, log_z, entropy = ctx.saved_tensors
         temperature, chunk_tokens = ctx.settings
+        kept, ctx.kept = ctx.kept, None
         found = _HeadGradient(ctx, hidden, rows, in_place=True)
         by_entropy = bool(grad_entropy.any())
-        for part, z, logits in _logit_chunks(hidden, rows, offset, temperature, chunk_tokens):
+        for part, z, logits in _logit_chunks(hidden, rows, offset, temperature, chunk_tokens, kept):
             log_p = z.sub_(log_z[part, None])
             if by_entropy:
                 push = (log_p + entropy[part, None]).mul_(-grad_entropy[part, None]).sub_(grad_logprobs[part, None])
@@ -170,7 +167,7 @@ class _LinearLogprobs(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for part, z, logits in _logit_chunks(hidden, rows, offset, temperature, chunk_tokens):
                 here = targets[part, None]
-                log_p = z.sub_(z.logsumexp(dim=-1, keepdim=True))
+                log_p = z.sub_(_log_sum_exp(z)[:, None])
                 logprobs[part] = log_p.gather(1, here).squeeze(1)
                 grad = log_p.exp_().neg_()
                 grad.scatter_add_(1, here, torch.ones_like(here, dtype=grad.dtype))
@@ -271,23 +268,62 @@ def _as_computed(
     return hidden.to(dtype), weight.to(dtype)[:vocabulary], None if bias is None else bias.to(dtype)[:vocabulary]
 
 
+class _Chunk(NamedTuple):
+    """Logits of some tokens."""
+
+    part: slice  # which
+    z: Tensor  # [n, V] float32, logits over the temperature
+    logits: Tensor  # [n, V] in the format of the products: memory that is the reader's to use
+
+
 def _logit_chunks(
-    hidden: Tensor, rows: Tensor, offset: Tensor | None, temperature: float, chunk_tokens: int
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Logits over the temperature, [n, V] float32 at a time, always in the same memory; and the memory they were
-    computed in, in the format of ``hidden``, which is the caller's to use.
+    hidden: Tensor,
+    rows: Tensor,
+    offset: Tensor | None,
+    temperature: float,
+    chunk_tokens: int,
+    kept: _Chunk | None = None,
+) -> Iterator[_Chunk]:
+    """The logits of all tokens, always in the same memory. The last chunk is a full one, wherever there is one.
+
+    Args:
+        kept: the last chunk of an earlier call, its ``z`` untouched: it comes first, and is not computed again.
     """
-    chunk = min(chunk_tokens, len(hidden))
-    buffer = hidden.new_empty(chunk, len(rows), dtype=torch.float32)
-    narrow = buffer if hidden.dtype == torch.float32 else torch.empty_like(buffer, dtype=hidden.dtype)
-    for start in range(0, len(hidden), max(1, chunk)):
-        part = slice(start, min(start + chunk, len(hidden)))
-        count = part.stop - start
+    ends = list(range(len(hidden), 0, -max(1, min(chunk_tokens, len(hidden)))))[::-1]
+    parts = [slice(start, end) for start, end in zip([0, *ends][:-1], ends, strict=True)]
+    if kept is not None:
+        # Of the forward pass that memory is: what is asked for now has been asked for then.
+        buffer, narrow = kept.z, kept.logits
+        yield kept
+        parts.pop()
+    elif parts:
+        full = parts[-1].stop - parts[-1].start
+        buffer = hidden.new_empty(full, len(rows), dtype=torch.float32)
+        narrow = buffer if hidden.dtype == torch.float32 else torch.empty_like(buffer, dtype=hidden.dtype)
+    for part in parts:
+        count = part.stop - part.start
         logits = torch.mm(hidden[part], rows.t(), out=narrow[:count])
         if offset is not None:
             logits.add_(offset)
-        z = buffer[:count] if narrow is buffer else buffer[:count].copy_(logits)
-        yield part, z.div_(temperature) if temperature != 1.0 else z, logits
+        z = logits if narrow is buffer else buffer[:count].copy_(logits)
+        yield _Chunk(part, z.div_(temperature) if temperature != 1.0 else z, logits)
+
+
+def _log_sum_exp(z: Tensor, entropy: Tensor | None = None) -> Tensor:
+    """log sum exp [n] of each row of [n, V], a few rows at a time; ``entropy`` [n] takes that of their softmax."""
+    at_once = ON_CPU if z.device.type == "cpu" else ON_GPU
+    found = z.new_empty(len(z))
+    buffer = z.new_empty(min(at_once, len(z)), z.shape[1])
+    for start in range(0, len(z), at_once):
+        part = slice(start, start + at_once)
+        some = z[part]
+        top = some.amax(dim=-1)
+        weights = torch.sub(some, top[:, None], out=buffer[: len(some)]).exp_()
+        total = weights.sum(dim=-1)
+        found[part] = top + total.log()
+        if entropy is not None:
+            entropy[part] = found[part] - weights.mul_(some).sum(dim=-1) / total
+    return found
 
 
 def above_mean(

@@ -119,9 +119,7 @@ def load_config(
     if config is not None:
         # A faulty field stands at its default here; what follows from that is no fault of its own.
         passed_over = [path for path, _ in field_faults] + list(not_needed)
-        # A default is a fault only where it was asked for: a resolved recipe gives every key.
-        useless = [(path, why) for path, why in config.without_effect.items() if path in said or _differs(config, path)]
-        found = [*config.problems(), *useless]
+        found = config.problems() + _without_effect(config, said)
         problems = [p for p in found if not any(_overlap(p[0], path) for path in passed_over)]
         faults += [f"{path}: {words}" for path, words in problems]
     if faults or config is None:
@@ -134,10 +132,16 @@ def load_config(
     return config
 
 
-def _differs(config: BaseModel, path: str) -> bool:
-    """Whether a key of a block has another value than its default."""
-    block, _, name = path.partition(".")
-    return changed(getattr(config, block), name)
+def _without_effect(config: Block, said: Collection[str]) -> list[Problem]:
+    """Keys that change nothing beside the others. A default is a fault only where it was asked for (``said``), since a
+    resolved recipe gives every key.
+    """
+    found = []
+    for path, why in config.without_effect.items():
+        block, _, name = path.partition(".")
+        if path in said or changed(getattr(config, block), name):
+            found.append((path, why))
+    return found
 
 
 def find_recipe(name: str) -> Path:

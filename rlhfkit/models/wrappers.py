@@ -173,7 +173,16 @@ class PolicyModel(nn.Module):
             nn.init.zeros_(self.value_head.bias)
         disable_dropout(self)
 
-    def forward(self, batch: TokenBatch, temperature: float = 1.0, vocabulary: int | None = None) -> PolicyOutput:
+    def forward(
+        self,
+        batch: TokenBatch,
+        temperature: float = 1.0,
+        vocabulary: int | None = None,
+        *,
+        with_entropy: bool = True,
+        with_values: bool = True,
+    ) -> PolicyOutput:
+        """What is left out is zeros (entropies) or empty (values), and costs nothing."""
         chosen = hidden_states(self.model, batch.tokens).index_select(0, batch.positions)
         head = base_model(self.model).get_output_embeddings()
         stats = token_logprobs(
@@ -182,9 +191,11 @@ class PolicyModel(nn.Module):
             batch.targets,
             temperature=temperature,
             vocabulary=vocabulary,
+            with_entropy=with_entropy,
             entropy_gradient=self.entropy_gradient,
         )
-        return PolicyOutput(stats.logprobs, stats.entropy, self._values(batch, chosen))
+        values = self._values(batch, chosen) if with_values else chosen.new_zeros(0)
+        return PolicyOutput(stats.logprobs, stats.entropy, values)
 
     def _values(self, batch: TokenBatch, chosen: Tensor) -> Tensor:
         if self.value_head is None:

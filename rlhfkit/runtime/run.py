@@ -122,8 +122,14 @@ class Run:
 
     @property
     def micro_batch_tokens(self) -> int:
-        """Most tokens in one forward pass."""
-        return self.config.optim.micro_batch_tokens or default_micro_batch_tokens(self.device)
+        """Most tokens in one forward pass that a backward pass follows."""
+        most = self.config.optim.micro_batch_tokens
+        return most or default_micro_batch_tokens(self.device, self.config.stage, self.precision)
+
+    @property
+    def scoring_tokens(self) -> int:
+        """Most tokens in a pass that keeps nothing but its result."""
+        return self.config.optim.micro_batch_tokens or (2048 if self.device.type == "cpu" else 4096)
 
     # -- data --------------------------------------------------------------------------------------------------------
 
@@ -401,9 +407,13 @@ class Run:
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def default_micro_batch_tokens(device: torch.device) -> int:
-    """A CPU is busy with few tokens, and its memory is slow; a GPU wants many."""
-    return 768 if device.type == "cpu" else 4096
+def default_micro_batch_tokens(device: torch.device, stage: str, precision: Resolved) -> int:
+    """A CPU is busy with few tokens, and its memory is slow; a GPU wants many. In float32 a token keeps twice as much,
+    and PPO holds further models beside.
+    """
+    if device.type != "cpu":
+        return 4096
+    return 512 if stage == "ppo" and precision == "fp32" else 768
 
 
 def start_run(config: StageConfig) -> Run:

@@ -184,7 +184,7 @@ def load_rewards(
         block.reward,
         device=run.device,
         dtype=run.dtype,
-        micro_batch_tokens=run.micro_batch_tokens,
+        micro_batch_tokens=run.scoring_tokens,
         trust_remote_code=config.model.trust_remote_code,
         timeout=block.reward_timeout,
         retries=block.reward_retries,

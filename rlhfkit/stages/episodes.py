@@ -6,6 +6,7 @@ Shapes: E episodes, T tokens of the longest answer.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -186,15 +187,13 @@ def look_back(
         reference: a frozen model of its own, or None where it is the policy without its adapter.
     """
     inner: PolicyModel = getattr(policy, "module", policy)
+    how = (settings.temperature, settings.vocabulary)
     for group in by_tokens(episodes, micro_batch_tokens):
         batch = collate_episodes(group, device)
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            seen: PolicyOutput = inner(batch, settings.temperature, settings.vocabulary)
-            if reference is not None:
-                ref = reference(batch, settings.temperature, settings.vocabulary).logprobs
-            else:
-                with reference_weights(inner.model):
-                    ref = inner(batch, settings.temperature, settings.vocabulary).logprobs
+            seen: PolicyOutput = inner(batch, *how, with_entropy=False)
+            with reference_weights(inner.model) if reference is None else nullcontext():
+                ref = (reference or inner)(batch, *how, with_entropy=False, with_values=False).logprobs
         lengths = [len(e.response) for e in group]
         for episode, new, old in zip(group, seen.logprobs.split(lengths), ref.split(lengths), strict=True):
             episode.logprobs, episode.ref_logprobs = new.float().cpu().numpy(), old.float().cpu().numpy()

@@ -305,7 +305,8 @@ def _module(
 
 def _largest(config: StageConfig, rows: Sequence[Any], device: torch.device, copies: int = 1) -> tuple[Any, int]:
     """The largest micro-batch of the first steps, as the stage would make it, and its tokens; or it several times."""
-    limit = config.optim.micro_batch_tokens or default_micro_batch_tokens(device)
+    precision = resolve_precision(config.model.precision, device)
+    limit = config.optim.micro_batch_tokens or default_micro_batch_tokens(device, config.stage, precision)
     groups: list[list[Any]] = []
     if isinstance(config, PpoConfig):
         # As if every answer were as long as it may be.

@@ -144,7 +144,7 @@ def run(config: PpoConfig) -> StageResult:
                 reference,
                 settings,
                 device=run.device,
-                micro_batch_tokens=run.micro_batch_tokens,
+                micro_batch_tokens=run.scoring_tokens,
                 autocast=run.autocast,
             )
         everyone = gather_object(episodes) if run.world > 1 else episodes
@@ -219,6 +219,7 @@ def _update(
     passes = 0
     while passes < ppo.ppo_epochs:
         passes += 1
+        with_entropy = passes == 1 or ppo.entropy_coef > 0  # of the policy that sampled, and where it is in the loss
         order = shuffled.permutation(len(rollout.episodes))
         kl_of_epoch = []
         for minibatch in order.reshape(-1, config.minibatch_size):
@@ -231,9 +232,15 @@ def _update(
             seen: list[tuple[Tensor, Tensor]] = []  # of each pass: loss per token, sums of what is measured
 
             def loss_of(
-                micro: UpdateBatch, n: int = tokens, seen: list[tuple[Tensor, Tensor]] = seen, first: bool = not results
+                micro: UpdateBatch,
+                n: int = tokens,
+                seen: list[tuple[Tensor, Tensor]] = seen,
+                first: bool = not results,
+                with_entropy: bool = with_entropy,
             ) -> Tensor:
-                out: PolicyOutput = update.module(micro.tokens, settings.temperature, settings.vocabulary)
+                out: PolicyOutput = update.module(
+                    micro.tokens, settings.temperature, settings.vocabulary, with_entropy=with_entropy
+                )
                 # Before the first step the policy is the one that sampled. Its ratio is 1, and not 1 up to the rounding
                 # of two passes that were packed differently.
                 old_logprobs = out.logprobs.detach() if first else micro.old_logprobs
@@ -270,6 +277,7 @@ def _update(
         if ppo.early_stop_kl and np.mean(kl_of_epoch) > ppo.early_stop_kl:
             break
     count = len(results)
+    totals["entropy"] *= 1 if ppo.entropy_coef else passes  # it was looked at in the first pass alone
     return {
         "loss": sum(r.loss for r in results) / count,
         "grad_norm": sum(r.grad_norm for r in results) / count,

@@ -176,7 +176,8 @@ def score_record(scored: Scored, config: RmConfig, run: Run, *, held_out: bool) 
     answers = gather_object([score for _, scores in scored for score in scores.tolist()])
     pairs = gather_object([pair for micro, scores in scored for pair in _pairs(scores, micro)])
     if held_out:
-        write_evaluation(run, evaluation_report(*map(list, zip(*pairs, strict=True))))
+        chosen, rejected, weights = map(list, zip(*pairs, strict=True))
+        write_evaluation(run, evaluation_report(chosen, rejected, weights))
     return {
         "pooling": POOLING,
         "max_length": config.data.max_length,

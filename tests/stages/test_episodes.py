@@ -13,11 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhfkit.algo.logprobs import token_logprobs
 from rlhfkit.chat.messages import Message
 from rlhfkit.config.blocks import LoraConfig
 from rlhfkit.data.packing import Tree, pack
 from rlhfkit.data.records import PromptRecord
 from rlhfkit.data.tokenize import PromptRow, tokenize_prompts
+from rlhfkit.models import wrappers
 from rlhfkit.models.folder import open_model
 from rlhfkit.models.load import TextSide, load_model, load_text_side
 from rlhfkit.models.sampling import SamplingSettings, sample_answers
@@ -247,13 +249,23 @@ def test_looking_back_equals_one_by_one(
     text: TextSide,
     how: SamplingSettings,
     micro_batch_tokens: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     episodes = sample(policy, prompts, text, how)
     assert len({len(e.response) for e in episodes}) > 3
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        wrappers, "token_logprobs", lambda *given, **more: asked.append(more) or token_logprobs(*given, **more)
+    )
+    values_of, valued = PolicyModel._values, []
+    monkeypatch.setattr(PolicyModel, "_values", lambda *given: valued.append(0) or values_of(*given))
     look_back(
         episodes, policy, None, how,
         device=CPU, micro_batch_tokens=micro_batch_tokens, autocast=None,
     )  # fmt: skip
+    # Nothing is computed that is not looked at: no entropies, and the reference has no values.
+    assert not any(more["with_entropy"] for more in asked)
+    assert len(asked) == 2 * len(valued) > 0
     merged = copy.deepcopy(policy.model).merge_and_unload()
     head = policy.value_head
     assert head is not None
