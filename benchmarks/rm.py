@@ -33,7 +33,8 @@ def prepare(args: Any) -> dict[str, Any]:
     from rlhfkit.models.folder import open_model
     from rlhfkit.models.load import load_text_side
 
-    encoder = load_text_side(open_model(args.model)).encoder
+    text = load_text_side(open_model(args.model))
+    encoder = text.encoder
     groups, _ = load_records(args.data, "rm", on_bad_row="skip")
     fitting, left_out = [], 0
     for group in groups:
@@ -59,7 +60,7 @@ def prepare(args: Any) -> dict[str, Any]:
         "pairs_too_long": left_out,
         "tokens_of_all_rows": sum(len(ids) for _, pair in drawn[: args.rows] for ids in pair.values()),
         "work": [len(batch) for batch in batches],
-        "start": start_model(args),
+        "start": start_model(args, text.tokenizer),
     }
 
 
@@ -67,16 +68,19 @@ def is_long(prompt: int, answers: int) -> bool:
     return prompt >= LONG_PROMPT and prompt >= TIMES_ANSWERS * answers
 
 
-def start_model(args: Any) -> Path:
-    """The model with a small new head."""
+def start_model(args: Any, tokenizer: Any) -> Path:
+    """The model with a small new head.
+
+    The tokenizer's pad is not its end of turn: where it is, transformers takes the end of an answer for padding and
+    reads the score one token early, and the rival would be trained on another number than is compared here.
+    """
     import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification
 
     folder = Path(args.out) / "start"
     torch.manual_seed(args.seed)
     model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=1)
     torch.nn.init.normal_(model.score.weight, std=1 / (model.config.hidden_size + 1))
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
