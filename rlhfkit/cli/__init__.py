@@ -5,6 +5,7 @@ Nothing here imports torch before a stage runs: ``rlhfkit --help`` answers at on
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -51,11 +52,11 @@ def main() -> None:
         )
         sys.exit(1)
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno != errno.ENOSPC:
             raise
         # A file or folder of the user's that cannot be made, read or written: theirs to mend, no fault of the code.
         _show_traceback()
-        print(tr("error: ") + tr(f"{error.filename}: {error.strerror}"), file=sys.stderr)
+        print(tr("error: ") + tr(f"{error.filename or 'the disk'}: {error.strerror}"), file=sys.stderr)
         if not os.environ.get(DEBUG):
             print(tr(f"  → where in the code it came up is shown with {DEBUG}=1 in the environment"), file=sys.stderr)
         sys.exit(1)

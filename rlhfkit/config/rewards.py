@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from rlhfkit.errors import ConfigError
 
 HOW = "write FOLDER, path/to/file.py:function or http://host:port/path, each optionally =weight"
+_URL = re.compile(r"""(https?://)(?:[^\s/@'"]*@)?([^\s?'"]*)(\?[^\s'"]*)?""", re.IGNORECASE)
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf)", re.IGNORECASE)
 
 
@@ -71,6 +72,11 @@ def parse_reward(spec: str) -> RewardSpec:
 def _is_function(name: str) -> bool:
     path, _, function = name.rpartition(":")
     return path.endswith(".py") and function.isidentifier()
+
+
+def without_secrets(text: str) -> str:
+    """A text whose URLs have lost user, password and query: for what leaves the run folder or is shown."""
+    return _URL.sub(lambda found: found[1] + found[2] + ("?..." if found[3] else ""), text)
 
 
 def short_names(specs: Sequence[RewardSpec]) -> list[str]:

@@ -23,9 +23,12 @@ ALWAYS = ("model.path", "data.train", "data.eval", "run.out", "optim.batch_size"
 NOT_IN_RECIPES = ("run.resume", "run.plan")  # said on the command line
 DATA = {
     "sft": "data/train.jsonl",
-    **dict.fromkeys(("rm", "dpo"), "data/pairs.jsonl"),
+    "rm": "data/pairs.jsonl",
+    "ppo": "data/prompts.jsonl",
+    "dpo": "data/pairs.jsonl",
     "kto": "data/labelled.jsonl",
-    **dict.fromkeys(("ppo", "grpo", "rloo"), "data/prompts.jsonl"),
+    "grpo": "data/prompts.jsonl",
+    "rloo": "data/prompts.jsonl",
 }
 
 

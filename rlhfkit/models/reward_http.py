@@ -12,7 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from typing import Any
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from rlhfkit import __version__
 from rlhfkit.chat.messages import last_user_text
@@ -23,6 +23,7 @@ from rlhfkit.errors import RewardError
 ANSWERS_PER_REQUEST = 64
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds before another try; doubled each time
 PASSING = {408, 425, 429, 500, 502, 503, 504}  # statuses that another try may end
+_AS_THEY_ARE = "/%:@!$&'()*+,;=~?-._"  # in a URL's path and query
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -42,14 +43,15 @@ class HttpReward:
         self.label = spec.label
         self.timeout, self.retries, self._pause = timeout, retries, pause
         parts = urlsplit(spec.name)
-        self._url = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, parts.query, ""))
+        path, query = (quote(part, safe=_AS_THEY_ARE) for part in (parts.path, parts.query))
+        self._url = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], path, query, ""))
         self._headers = {"Content-Type": "application/json", "User-Agent": f"rlhfkit/{__version__}"}
         if parts.username is not None:
             pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
             self._headers["Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
         # A proxy of the environment is for the world outside, not for a server on this machine.
         handlers = [urllib.request.ProxyHandler({})] if parts.hostname in LOOPBACK else []
-        self._opener = urllib.request.build_opener(*handlers)
+        self._opener = urllib.request.build_opener(_NoRedirects, *handlers)
 
     def score(self, records: Sequence[PromptRecord], answers: Sequence[str]) -> list[Any]:
         """What the server says of each answer, unchecked.
@@ -89,7 +91,7 @@ class HttpReward:
                 return found
         except urllib.error.HTTPError as error:
             with error:
-                said = _start_of(error.read(2000))
+                said = _start_of(_beginning(error))
             words = f"answered with status {error.code} {error.reason}" + (f": {said}" if said else "")
             if error.code in PASSING:
                 raise _PassingError(words) from error
@@ -102,7 +104,7 @@ class HttpReward:
     def _scores(self, body: bytes) -> list[Any]:
         try:
             answer = json.loads(body)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self._not_of_the_schema(f"not JSON: {_start_of(body) or 'an empty body'}") from error
         if not isinstance(answer, dict) or not isinstance(answer.get("scores"), list):
             raise self._not_of_the_schema(f"JSON without a list of scores: {_start_of(body)}")
@@ -113,6 +115,21 @@ class HttpReward:
         return RewardError(
             f"the reward {self.label} answered with {found}", hint='it has to answer {"scores": [0.5, ...]}'
         )
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirected POST would become a GET without the answers, and take the password to another server."""
+
+    def redirect_request(self, *given: Any) -> None:
+        return None
+
+
+def _beginning(error: urllib.error.HTTPError) -> bytes:
+    """Of what a server says about its failure; it may fall silent over that, too."""
+    try:
+        return bytes(error.read(2000))
+    except (OSError, http.client.HTTPException):
+        return b""
 
 
 class _PassingError(Exception):

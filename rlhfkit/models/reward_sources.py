@@ -153,10 +153,14 @@ def read_reward_file(path: Path, name: str) -> types.CodeType:
 
 def _checked(name: str, scores: Any, records: Sequence[PromptRecord]) -> list[float]:
     """Scores of a source as floats, one for each record's answer."""
-    try:
-        listed = None if isinstance(scores, (str, bytes, dict)) else list(scores)
-    except TypeError:
-        listed = None
+    listed = None
+    if not isinstance(scores, (str, bytes, dict)) and hasattr(scores, "__iter__"):
+        try:
+            listed = list(scores)
+        except Exception as error:  # of a generator, which computes only now
+            raise RewardError(
+                f"the reward {name} raised {type(error).__name__} while its numbers were read: {error}"
+            ) from error
     if listed is None:
         raise RewardError(
             f"the reward {name} returned {type(scores).__name__}, not a list of numbers",
@@ -171,7 +175,7 @@ def _checked(name: str, scores: Any, records: Sequence[PromptRecord]) -> list[fl
     for i, (score, record) in enumerate(zip(listed, records, strict=True), start=1):
         try:
             value = math.nan if isinstance(score, str) else float(score)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             value = math.nan
         if not math.isfinite(value):
             raise RewardError(

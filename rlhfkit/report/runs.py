@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from rlhfkit.config.rewards import without_secrets
 from rlhfkit.errors import ConfigError
 from rlhfkit.runtime.records import json_lines
 
@@ -88,7 +89,7 @@ def _is_run(folder: Path) -> bool:
 def _read(folder: Path, name: str) -> RunRecord:
     path = folder / "config.resolved.yaml"
     try:
-        text = path.read_text(encoding="utf-8")
+        text = without_secrets(path.read_text(encoding="utf-8"))
         config = yaml.safe_load(text)
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read: {error}", hint="it is written when a run starts") from error

@@ -58,6 +58,8 @@ def save_checkpoint(
     """
     folder = out / "checkpoints" / f"step-{step}"
     partial = folder.with_name(f"{PARTIAL}step-{step}")
+    if (folder / STATE).is_file():
+        return folder  # of this very step: to take it away for one like it would leave none for a moment
     if accelerator.is_main_process:
         _sweep(out)
         partial.mkdir(parents=True)

@@ -35,6 +35,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from rlhfkit.config.load import differing_keys, dump_config
+from rlhfkit.config.rewards import without_secrets
 from rlhfkit.config.stages import StageConfig
 from rlhfkit.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError, RewardError
 from rlhfkit.models.folder import RECORD
@@ -281,7 +282,13 @@ class Run:
         }
         self._refuse_non_finite(record)
         if evaluate is not None and (step == total or (run.eval_every and step % run.eval_every == 0)):
-            record |= evaluate()
+            try:
+                record |= evaluate()
+            except RewardError:  # the step itself is whole
+                self.record(record)
+                if self.world == 1:
+                    self.save(state())
+                raise
         self.record(record)
         self.screen.step(step, total, record, shown, speak=step % run.log_every == 0 or step == total)
         stop = self._anyone_interrupted()
@@ -551,7 +558,7 @@ def _flat(config: StageConfig) -> dict[str, Any]:
     for block, values in config.model_dump(mode="json").items():
         for key, value in values.items() if isinstance(values, dict) else [(block, values)]:
             name = f"{block}.{key}" if isinstance(values, dict) else block
-            flat[name] = value if isinstance(value, (int, float, str, bool)) else str(value)
+            flat[name] = value if isinstance(value, (int, float, bool)) else without_secrets(str(value))
     return flat
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from rlhfkit.chat.messages import last_user_text
 from rlhfkit.config.stages import PpoConfig
 from rlhfkit.data.batch import TokenBatch, share
 from rlhfkit.data.tokenize import PromptRow
-from rlhfkit.errors import ConfigError, NonFiniteError
+from rlhfkit.errors import CheckpointError, ConfigError, NonFiniteError
 from rlhfkit.models.adapters import VALUE
 from rlhfkit.models.reward_sources import check_rewards
 from rlhfkit.models.sampling import SamplingSettings
@@ -373,8 +374,14 @@ def _save_value(module: Any, run: Run) -> None:
     }
     if run.is_main and values:
         folder = run.out / "value"
-        folder.mkdir(exist_ok=True)
-        save_file(values, folder / "value.safetensors")
+        try:
+            folder.mkdir(exist_ok=True)
+            save_file(values, folder / "value.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"the value function could not be written to {folder}: {error}",
+                hint="the last checkpoint is intact; make room and go on with --resume",
+            ) from error
 
 
 def _describe(rollout: Rollout) -> dict[str, float]:

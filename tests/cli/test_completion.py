@@ -33,7 +33,7 @@ def completed(line: str, *, language: str = "en") -> list[str]:
         ("rlhfkit sft --family ", ["auto", "baichuan", "llama", "qwen"]),
         ("rlhfkit generate --template ll", ["llama2", "llama3"]),
         ("rlhfkit ppo --view ", ["auto", "plain", "quiet", "json"]),
-        ("rlhfkit inspect rows.jsonl --stage ", ["sft", "rm", "ppo"]),
+        ("rlhfkit inspect rows.jsonl --stage ", ["sft", "rm", "ppo", "dpo", "kto", "grpo", "rloo"]),
         ("rlhfkit doctor m --lang ", ["en", "zh"]),
         ("rlhfkit sft --data ", []),  # the shell's own: files
     ],

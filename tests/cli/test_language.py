@@ -146,7 +146,7 @@ def test_before_the_command_and_after_it(cli: Cli) -> None:
         (["doctor", "nowhere"], 1, ["nowhere 处没有目录"]),
         (["merge", "tiny", "out"], 1, ["tiny 里是全部权重，不是适配器：没有什么可合并的"]),
         (["report", "tiny"], 2, ["tiny 不是训练目录：里面没有 metrics.jsonl"]),
-        (["init", "dpo"], 2, ["没有“dpo”的配方", "请选 sft, rm, ppo"]),
+        (["init", "generate"], 2, ["没有“generate”的配方", "请选 sft, rm, ppo"]),
         (["convert", "a", "b", "--json"], 2, ["--json 时无法询问是否继续", "请给出 --yes 或 --dry-run"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and isinstance(value[0], str) else "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,12 @@ def broken(prompts, responses):
 
 def words(prompts, responses):
     return "12345678"
+
+def large(prompts, responses):
+    return [10**400] * len(responses)
+
+def lazy(prompts, responses):
+    return (1 / (len(r) - len(r)) for r in responses)
 
 def leaves(prompts, responses):
     raise SystemExit(3)
@@ -173,6 +180,8 @@ def test_micro_batches_do_not_change_the_update(flags):
         ("broken", r"raised KeyError: 'no such thing'\n  \S+/rewards.py, line 12, in broken: raise KeyError"),
         ("nan", r"returned nan for answer 1 of 8, to the prompt of \S+prompts.jsonl:\d"),
         ("words", "returned str, not a list of numbers"),
+        ("large", r"returned 10{400} for answer 1 of 8"),
+        ("lazy", "raised ZeroDivisionError while its numbers were read: division by zero"),
         ("leaves", "raised SystemExit: 3"),
         ("colour", "needs the column colour, which the rows do not have\n  → their other fields: n;"),
         ("questions", r"takes \(questions, answers\), and is called with prompts and responses by name"),
@@ -220,13 +229,17 @@ def test_the_file_of_a_reward_runs_once_and_nothing_else_of_it_does(flags, tmp_p
     assert log.read_text() == "file "
 
 
-def test_a_run_goes_on_after_its_reward_was_mended(flags, tmp_path):
+@pytest.mark.parametrize("save_every", [0, 1])  # at 1 the step that is saved at the fault has been saved before
+def test_a_run_goes_on_after_its_reward_was_mended(flags, tmp_path, save_every):
     """What was done before the fault is saved, and the resumed run is the one that never met it."""
     path = tmp_path / "rewards.py"
     good = "def f(prompts, responses, n):\n    return [float(len(r)) / 10 for r in responses]\n"
     faulty = good.replace("    return", "    calls.append(1)\n    1 / (3 - len(calls))\n    return")
     path.write_text("calls = []\n" + faulty)
-    settings = {"ppo__reward": [f"{path}:f"], "ppo__reward_normalize": True, "ppo__kl_target": 1.0}
+    settings = {
+        "ppo__reward": [f"{path}:f"], "ppo__reward_normalize": True, "ppo__kl_target": 1.0,
+        "run__save_every": save_every,
+    }  # fmt: skip
     step_2 = tmp_path / "run" / "checkpoints" / "step-2"
     with pytest.raises(RewardError, match=f"step 3 of 3: .*ZeroDivisionError(.|\n)*last good checkpoint is {step_2}"):
         train(flags("run", **settings))
@@ -236,6 +249,68 @@ def test_a_run_goes_on_after_its_reward_was_mended(flags, tmp_path):
     one, other = (load_file(r.final / "model.safetensors") for r in (resumed, unbroken))
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert len(read_metrics(resumed.out)) == len(read_metrics(unbroken.out))
+
+
+def test_a_fault_in_an_evaluation_loses_no_step(flags, tmp_path, prompts_file):
+    path = tmp_path / "rewards.py"
+    good = "def f(prompts, responses, n):\n    return [float(len(r)) / 10 for r in responses]\n"
+    # Asked before step 1, in steps 1 and 2, and in the evaluation after step 2.
+    faulty = good.replace("    return", "    calls.append(1)\n    1 / (4 - len(calls))\n    return")
+    path.write_text("calls = []\n" + faulty)
+    settings = {"ppo__reward": [f"{path}:f"], "data__eval": [str(prompts_file)], "run__eval_every": 2}
+    with pytest.raises(RewardError, match=r"ZeroDivisionError(.|\n)*last good checkpoint is .*step-2"):
+        train(flags("run", **settings))
+    path.write_text(good)
+    resumed = train(flags("run", **settings, run__resume=True))
+    unbroken = train(flags("other", **settings))
+    one, other = (load_file(r.final / "model.safetensors") for r in (resumed, unbroken))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    steps = [[row["step"] for row in read_metrics(run.out) if "event" not in row] for run in (resumed, unbroken)]
+    assert steps[0] == steps[1] == [1, 2, 3]
+
+
+GROUPS = {"ppo__samples_per_prompt": 2}
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "more"),
+    [
+        ("ppo__kl_coef", (0.0, 5.0), {}),
+        ("ppo__kl_coef", (0.0, 5.0), {**GROUPS, "ppo__advantage": "rloo"}),
+        ("ppo__kl_coef", (0.0, 5.0), {**GROUPS, "ppo__advantage": "grpo"}),
+        ("ppo__cliprange", (0.2, 1e-4), {}),
+        ("ppo__value_cliprange", (0.2, 1e-5), {}),
+        ("ppo__entropy_coef", (0.01, 1.0), {}),
+        ("ppo__gamma", (1.0, 0.5), {}),
+        ("ppo__lam", (0.95, 0.1), {}),
+    ],
+)
+def test_every_weight_and_bound_reaches_the_update(flags, key, values, more):
+    changes = {"ppo__ppo_epochs": 3, "optim__max_steps": 2, "optim__lr": 3e-3, **more}
+    runs = [read_metrics(train(flags(f"run-{i}", **changes, **{key: value})).out) for i, value in enumerate(values)]
+    losses = [[row["loss"] for row in rows[:2]] for rows in runs]
+    assert losses[0] != losses[1]
+
+
+def test_the_scored_distribution_is_the_sampled_one(flags):
+    """One pass over a rollout has nothing to move: what the update finds is what looking back found."""
+    changes = {"ppo__temperature": 0.7, "ppo__ppo_epochs": 1, "optim__batch_size": 8, "optim__max_steps": 1}
+    assert read_metrics(train(flags("run", **changes)).out)[0]["approx_kl"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_kl_weight_follows_its_controller(flags):
+    changes = {"ppo__kl_target": 0.01, "ppo__kl_horizon": 20, "ppo__ppo_epochs": 3, "optim__lr": 3e-3}
+    rows = read_metrics(train(flags("run", **changes)).out)[:-1]
+    for before, after in itertools.pairwise(rows):
+        error = min(max(before["kl"] / 0.01 - 1, -0.2), 0.2)
+        assert after["kl_coef"] == pytest.approx(before["kl_coef"] * (1 + error * 8 / 20))
+    assert rows[-1]["kl_coef"] > rows[-2]["kl_coef"]
+
+
+def test_each_step_draws_anew(flags):
+    """The same prompts, and a policy that stays where it is."""
+    rows = read_metrics(train(flags("run", optim__lr=1e-12)).out)[:-1]
+    assert len({row["reward_mean"] for row in rows}) == len(rows) > 1
 
 
 def test_the_component_of_a_single_reward_is_logged_without_its_weight(flags, rewards):

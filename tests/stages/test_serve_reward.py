@@ -34,7 +34,7 @@ from rlhfkit.models.reward_http import ANSWERS_PER_REQUEST, HttpReward
 from rlhfkit.models.reward_sources import check_rewards
 from rlhfkit.models.scoring import RewardScorer
 from rlhfkit.runtime.screen import Screen
-from rlhfkit.stages import plan, ppo, reward
+from rlhfkit.stages import plan, ppo, report, reward
 from rlhfkit.stages.serve_reward import RewardServer
 
 CPU = torch.device("cpu")
@@ -172,8 +172,10 @@ def test_the_command_serves_and_ends_cleanly(judge: Path, scorer: RewardScorer, 
 
 
 @contextmanager
-def answering(*answers: tuple[int, bytes] | float) -> Iterator[tuple[str, list[Any]]]:
-    """A server that gives one of these after another, the last for ever; a number is seconds of silence."""
+def answering(*answers: tuple[int, bytes] | float, to: str = "") -> Iterator[tuple[str, list[Any]]]:
+    """A server that gives one of these after another, the last for ever; a number is seconds of silence, ``to`` an
+    address that it points to.
+    """
     requests: list[Any] = []
 
     class Scripted(BaseHTTPRequestHandler):
@@ -186,6 +188,8 @@ def answering(*answers: tuple[int, bytes] | float) -> Iterator[tuple[str, list[A
                 given = (200, b'{"scores": [1, 2]}')
             self.send_response(given[0])
             self.send_header("Content-Length", str(len(given[1])))
+            if to:
+                self.send_header("Location", to)
             self.end_headers()
             self.wfile.write(given[1])
 
@@ -235,6 +239,21 @@ def test_what_is_sent() -> None:
 def test_what_is_no_answer_is_named(answer: tuple[int, bytes], words: str) -> None:
     with answering(answer) as (url, _), pytest.raises(RewardError, match=f"the reward {url} {words}"):
         ask(url, retries=1)
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_no_redirection_is_followed(status: int) -> None:
+    """It would take the password to another server, and most would lose the answers on the way."""
+    with answering(GOOD) as (other, asked), answering((status, b""), to=other) as (url, _):
+        with pytest.raises(RewardError, match=f"answered with status {status}"):
+            ask(url.replace("http://", "http://me:secret@"))
+        assert asked == []
+
+
+def test_a_path_may_be_chinese() -> None:
+    with answering(GOOD) as (url, requests):
+        ask(url.replace("/score", "/打分"))
+    assert requests[0][1] == "/%E6%89%93%E5%88%86"
 
 
 def test_failures_that_may_pass_are_tried_again_with_growing_pauses() -> None:
@@ -324,6 +343,19 @@ def test_a_number_that_is_none_is_named_with_its_row(settings: Any, prompts_file
     words = r"step 1 of 2: the reward http://\S+ returned nan for answer 8 of 8, to the prompt of \S+prompts.jsonl:\d"
     with answering((200, scores)) as (url, _), pytest.raises(RewardError, match=words):
         ppo.run(flags_of(settings, prompts_file, "run", url))
+
+
+def test_no_secret_of_a_url_leaves_the_configuration(settings: Any, prompts_file: Path) -> None:
+    with answering((200, json.dumps({"scores": [1.0] * 8}).encode())) as (url, _):
+        secret = url.replace("http://", "http://me:hunter2@") + "?key=k3y"
+        run = ppo.run(flags_of(settings, prompts_file, "run", secret, run__trackers=["tensorboard"]))
+        report.run([run.out], out=None, form="html")
+    told = [path for path in run.out.rglob("*") if path.is_file() and path.name != "config.resolved.yaml"]
+    assert len(told) > 5
+    for path in told:
+        text = path.read_bytes()
+        assert b"hunter2" not in text, path
+        assert b"k3y" not in text, path
 
 
 def test_an_absent_server_is_found_before_anything_is_loaded(
