@@ -171,6 +171,11 @@ class Run:
                 f"the training data is not what it was when {folders[-1]} was written",
                 hint="restore the data files, or start a new run with another --out",
             )
+        if (stored := state.get("precision", self.precision)) != self.precision:
+            raise CheckpointError(
+                f"{folders[-1]} was computed in {stored}, and this run computes in {self.precision}",
+                hint=f"go on where --precision {stored} works, or start another run with --out",
+            )
         if state["world"] != self.world:
             self.screen.line(
                 f"note: the run was started with {state['world']} processes and goes on with {self.world}; "
@@ -302,6 +307,7 @@ class Run:
         state = {
             "fingerprint": self.fingerprint,
             "world": self.world,
+            "precision": self.precision,
             "tokens_total": self.tokens_total,
             "seconds_total": self.seconds_total,
             "last_metrics": self._last,

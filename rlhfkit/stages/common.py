@@ -16,7 +16,7 @@ from rlhfkit.data.prepare import Recipe, prepare_prompts, prepare_rows
 from rlhfkit.data.records import SftRecord
 from rlhfkit.data.sources import Place, SourceReport, locate, mix, parse_items, parse_source
 from rlhfkit.data.tokenize import TokenReport, refuse_none
-from rlhfkit.errors import ConfigError
+from rlhfkit.errors import ConfigError, DataError
 from rlhfkit.models.folder import ModelSource, open_model
 from rlhfkit.models.kernels import refuse_kernels
 from rlhfkit.models.load import LoadedModel, Task, TextSide, load_model, load_text_side, parameter_counts
@@ -90,6 +90,12 @@ def read_rows(config: StageConfig, specs: Sequence[str], text: TextSide, screen:
         if source.rows_skipped:
             faults.append(f"{source.name}: {source.rows_skipped:,} rows were skipped (first: {source.reasons[0]})")
     weights = [parse_source(spec).weight if what == "training" else 1.0 for spec in specs]
+    for spec, group, weight in zip(specs, groups, weights, strict=True):
+        if len(group) and not round(weight * len(group)):
+            raise DataError(
+                f"the data source {spec}: {weight:g} of its {len(group):,} rows is no row",
+                hint="give a larger weight, or leave the source out",
+            )
     rows = mix(groups, weights, config.run.seed)
     say_report(screen, what, report)
     if specs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from rlhfkit.chat.messages import Message
 from rlhfkit.config.load import load_config
 from rlhfkit.config.stages import SftConfig
-from rlhfkit.errors import ConfigError, Interrupted
+from rlhfkit.errors import CheckpointError, ConfigError, DataError, Interrupted
 from rlhfkit.stages import sft
 
 
@@ -133,6 +134,23 @@ def test_resume_with_other_settings_is_refused_by_name(settings, sft_file):
     train(flags)
     with pytest.raises(ConfigError, match=r"optim\.lr: 0\.001 -> 0\.01"):
         train({**flags, "run.resume": True, "optim.lr": 0.01})
+
+
+def test_resume_in_another_number_format_is_refused(settings, sft_file):
+    """``auto`` is another one on another machine, and the settings do not tell."""
+    flags = settings("run", data__train=[str(sft_file)], optim__epochs=2, run__save_every=1)
+    result = train(flags)
+    shutil.rmtree(result.final)
+    newest = max((result.out / "checkpoints").iterdir(), key=lambda folder: int(folder.name.removeprefix("step-")))
+    state = json.loads((newest / "state.json").read_text())
+    (newest / "state.json").write_text(json.dumps({**state, "precision": "bf16"}))
+    with pytest.raises(CheckpointError, match="was computed in bf16, and this run computes in fp32"):
+        train({**flags, "run.resume": True})
+
+
+def test_a_weight_that_leaves_no_row_is_refused(settings, sft_file):
+    with pytest.raises(DataError, match=r"=0\.01: 0\.01 of its \d+ rows is no row"):
+        train(settings("run", data__train=[str(sft_file), f"{sft_file}=0.01"]))
 
 
 def test_resuming_a_finished_run_changes_nothing(settings, sft_file):
