@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -229,44 +230,41 @@ def test_the_file_of_a_reward_runs_once_and_nothing_else_of_it_does(flags, tmp_p
     assert log.read_text() == "file "
 
 
+GOOD = "def f(prompts, responses, n):\n    return [float(len(r)) / 10 for r in responses]\n"
+
+
+def goes_on_once_mended(flags, path: Path, call: int, words: str, **settings: Any) -> list[list[dict[str, Any]]]:
+    """A run whose reward fails at one call, and goes on with it mended: its policy is that of the run that never met
+    the fault. Returns the metrics of both.
+    """
+    settings["ppo__reward"] = [f"{path}:f"]
+    path.write_text(
+        "calls = []\n" + GOOD.replace("    ret", f"    calls.append(1)\n    1 / ({call} - len(calls))\n    ret")
+    )
+    with pytest.raises(RewardError, match=words):
+        train(flags("run", **settings))
+    path.write_text(GOOD)
+    resumed, unbroken = train(flags("run", **settings, run__resume=True)), train(flags("other", **settings))
+    one, other = (load_file(run.final / "model.safetensors") for run in (resumed, unbroken))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    return [read_metrics(run.out) for run in (resumed, unbroken)]
+
+
 @pytest.mark.parametrize("save_every", [0, 1])  # at 1 the step that is saved at the fault has been saved before
 def test_a_run_goes_on_after_its_reward_was_mended(flags, tmp_path, save_every):
-    """What was done before the fault is saved, and the resumed run is the one that never met it."""
-    path = tmp_path / "rewards.py"
-    good = "def f(prompts, responses, n):\n    return [float(len(r)) / 10 for r in responses]\n"
-    faulty = good.replace("    return", "    calls.append(1)\n    1 / (3 - len(calls))\n    return")
-    path.write_text("calls = []\n" + faulty)
-    settings = {
-        "ppo__reward": [f"{path}:f"], "ppo__reward_normalize": True, "ppo__kl_target": 1.0,
-        "run__save_every": save_every,
-    }  # fmt: skip
-    step_2 = tmp_path / "run" / "checkpoints" / "step-2"
-    with pytest.raises(RewardError, match=f"step 3 of 3: .*ZeroDivisionError(.|\n)*last good checkpoint is {step_2}"):
-        train(flags("run", **settings))
-    path.write_text(good)
-    resumed = train(flags("run", **settings, run__resume=True))
-    unbroken = train(flags("other", **settings))
-    one, other = (load_file(r.final / "model.safetensors") for r in (resumed, unbroken))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    assert len(read_metrics(resumed.out)) == len(read_metrics(unbroken.out))
+    """What was done before the fault is saved."""
+    words = f"step 3 of 3: .*ZeroDivisionError(.|\n)*last good checkpoint is {tmp_path}/run/checkpoints/step-2"
+    settings = {"ppo__reward_normalize": True, "ppo__kl_target": 1.0, "run__save_every": save_every}
+    resumed, unbroken = goes_on_once_mended(flags, tmp_path / "rewards.py", 3, words, **settings)
+    assert len(resumed) == len(unbroken)
 
 
 def test_a_fault_in_an_evaluation_loses_no_step(flags, tmp_path, prompts_file):
-    path = tmp_path / "rewards.py"
-    good = "def f(prompts, responses, n):\n    return [float(len(r)) / 10 for r in responses]\n"
-    # Asked before step 1, in steps 1 and 2, and in the evaluation after step 2.
-    faulty = good.replace("    return", "    calls.append(1)\n    1 / (4 - len(calls))\n    return")
-    path.write_text("calls = []\n" + faulty)
-    settings = {"ppo__reward": [f"{path}:f"], "data__eval": [str(prompts_file)], "run__eval_every": 2}
-    with pytest.raises(RewardError, match=r"ZeroDivisionError(.|\n)*last good checkpoint is .*step-2"):
-        train(flags("run", **settings))
-    path.write_text(good)
-    resumed = train(flags("run", **settings, run__resume=True))
-    unbroken = train(flags("other", **settings))
-    one, other = (load_file(r.final / "model.safetensors") for r in (resumed, unbroken))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    steps = [[row["step"] for row in read_metrics(run.out) if "event" not in row] for run in (resumed, unbroken)]
-    assert steps[0] == steps[1] == [1, 2, 3]
+    """The reward is asked before step 1, in steps 1 and 2, and in the evaluation after step 2."""
+    words = r"ZeroDivisionError(.|\n)*last good checkpoint is .*step-2"
+    settings = {"data__eval": [str(prompts_file)], "run__eval_every": 2}
+    for rows in goes_on_once_mended(flags, tmp_path / "rewards.py", 4, words, **settings):
+        assert [row["step"] for row in rows if "event" not in row] == [1, 2, 3]
 
 
 GROUPS = {"ppo__samples_per_prompt": 2}
