@@ -240,6 +240,11 @@ def test_a_gradient_is_added_where_the_weight_says(
     assert expected is not None
     assert case.head.bias.grad is not None
     torch.testing.assert_close(into - 1, expected, rtol=1e-4, atol=1e-5)
+    plain = Case(bias=True)
+    log_p = F.log_softmax(plain.head(plain.hidden), dim=-1).gather(1, plain.targets[:, None])
+    (-0.6 * log_p.sum()).backward()  # twice 0.3
+    assert plain.head.weight.grad is not None
+    assert (expected - plain.head.weight.grad).norm() < 0.02 * plain.head.weight.grad.norm()
     torch.testing.assert_close(case.hidden.grad, reference.hidden.grad)
     torch.testing.assert_close(case.head.bias.grad, reference.head.bias.grad)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer, read_metrics
+from conftest import make_model, make_tokenizer, read_metrics, write_jsonl
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -305,9 +305,10 @@ def test_the_kl_weight_follows_its_controller(flags):
     assert rows[-1]["kl_coef"] > rows[-2]["kl_coef"]
 
 
-def test_each_step_draws_anew(flags):
-    """The same prompts, and a policy that stays where it is."""
-    rows = read_metrics(train(flags("run", optim__lr=1e-12)).out)[:-1]
+def test_each_step_draws_anew(flags, tmp_path):
+    """One prompt in all rows, and a policy that stays where it is."""
+    prompts = write_jsonl(tmp_path / "one.jsonl", [{"prompt": "a film?", "n": i} for i in range(8)])
+    rows = read_metrics(train(flags("run", data__train=[str(prompts)], optim__lr=1e-12)).out)[:-1]
     assert len({row["reward_mean"] for row in rows}) == len(rows) > 1
 
 
