@@ -17,6 +17,7 @@ from rlhfkit.config.stages import PpoConfig, RmConfig
 from rlhfkit.errors import Interrupted, NonFiniteError, RewardError
 from rlhfkit.models.reward_sources import FunctionReward
 from rlhfkit.models.wrappers import PolicyModel
+from rlhfkit.runtime import checkpoint
 from rlhfkit.stages import plan, ppo, reward
 
 REWARD = """
@@ -257,6 +258,20 @@ def test_a_run_goes_on_after_its_reward_was_mended(flags, tmp_path, save_every):
     settings = {"ppo__reward_normalize": True, "ppo__kl_target": 1.0, "run__save_every": save_every}
     resumed, unbroken = goes_on_once_mended(flags, tmp_path / "rewards.py", 3, words, **settings)
     assert len(resumed) == len(unbroken)
+
+
+def test_a_step_that_is_saved_is_not_saved_again(flags, tmp_path, monkeypatch):
+    """Its folder would have to be deleted first, and a process that ends there would leave none."""
+    saved = []
+    save = checkpoint._save_state
+    monkeypatch.setattr(checkpoint, "_save_state", lambda *given: saved.append(given[1].name) or save(*given))
+    path = tmp_path / "rewards.py"
+    path.write_text(
+        "calls = []\n" + GOOD.replace("    return", "    calls.append(1)\n    1 / (3 - len(calls))\n    return")
+    )
+    with pytest.raises(RewardError):
+        train(flags("run", ppo__reward=[f"{path}:f"], run__save_every=1))
+    assert len(saved) == len(set(saved)) == 2
 
 
 def test_a_fault_in_an_evaluation_loses_no_step(flags, tmp_path, prompts_file):
