@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from rlhfkit.models.kernels import use_fast_layers
 from rlhfkit.models.lora import use_fast_lora
 from rlhfkit.models.precision import current_device
 from rlhfkit.models.trust import code_options, refuse_outside_paths
-from rlhfkit.models.vocabulary import forbid_padding_rows, grow_vocabulary, token_count
+from rlhfkit.models.vocabulary import forbid_padding_rows, grow_vocabulary, token_count, with_rows
 from rlhfkit.repair.tensors import why_unreadable
 
 HEAD_NAMES = ("score", "classifier")  # transformers' names for the head of a sequence classifier
@@ -188,6 +189,8 @@ def load_model(
     notes: list[str] = []
     if grown := grow_vocabulary(model, max(text.vocabulary, int(source.record.get("vocab_rows", 0)))):
         notes.append(grown)
+    # transformers takes the pad of the config for a row that does not train; where pad == eos, that is the end of turn.
+    model.get_input_embeddings().padding_idx = None
     if source.adapter is not None:
         model = _load_adapter(model, source, task, trainable=lora is not None and not train_all, lora=lora)
         if train_all:
@@ -326,13 +329,7 @@ def adapter_settings(model: Any, folder: str, task: Task) -> tuple[Any, list[str
 
 
 def _load_adapter(model: Any, source: ModelSource, task: Task, *, trainable: bool, lora: LoraConfig | None) -> Any:
-    from peft import (
-        PeftModel,
-        get_peft_model,
-        load_peft_weights,
-        prepare_model_for_kbit_training,
-        set_peft_model_state_dict,
-    )
+    from peft import get_peft_model, prepare_model_for_kbit_training
 
     folder = str(source.adapter)
     if trainable and getattr(model, "is_quantized", False):
@@ -341,20 +338,51 @@ def _load_adapter(model: Any, source: ModelSource, task: Task, *, trainable: boo
         raise no_head(source)
     try:
         settings, heads = adapter_settings(model, folder, task)
-        if heads:
-            settings.inference_mode = not trainable
+        settings.inference_mode = not trainable
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that the base may have moved
             model = get_peft_model(model, settings)
-            started = {f"base_model.model.{name}.weight": getattr(base_model(model), name).weight for name in heads}
-            set_peft_model_state_dict(model, {**started, **load_peft_weights(folder)})
-        else:
-            model = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+        started = {f"base_model.model.{name}.weight": getattr(base_model(model), name).weight for name in heads}
+        set_adapter_weights(model, folder, "default", started)
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(
             f"the adapter in {folder} does not fit its base: {type(error).__name__}: {why_unreadable(error)}"
         ) from error
     if trainable and lora is not None:
         _refuse_other_lora(settings, lora, folder)
+    if not trainable:
+        model.eval()
     return _trainable_in_float32(model)
+
+
+def set_adapter_weights(model: Any, folder: str, name: str, further: Mapping[str, Tensor] | None = None) -> None:
+    """Fill an adapter of a peft model from a folder, whose embedding may end before the padding rows of the model's.
+
+    Args:
+        model: has an adapter with the folder's settings.
+        folder: an adapter folder.
+        name: of the adapter in the model.
+        further: weights that the folder lacks, by the names that it would have for them.
+
+    Raises:
+        ModelError: weights are missing that the settings ask for.
+    """
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    weights = {**(further or {}), **load_peft_weights(folder)}
+    rows = base_model(model).get_input_embeddings().weight.shape[0]
+    for key in {f"{layer}.weight" for layer in vocabulary_layers(model)} & weights.keys():
+        weights[key] = with_rows(weights[key], rows)
+    found = set_peft_model_state_dict(model, weights, adapter_name=name)
+    missing = [key for key in found.missing_keys if ".lora_" in key or ".modules_to_save." in key]
+    if missing := sorted(key for key in missing if f".{name}." in f"{key}."):
+        raise ModelError(
+            f"the adapter in {folder} lacks {len(missing)} of the weights that its configuration describes (first: "
+            f"{missing[0]})",
+            hint="restore the folder, or train it again",
+        )
 
 
 def _refuse_other_lora(settings: Any, lora: LoraConfig, folder: str) -> None:
@@ -464,7 +492,12 @@ def reward_head(model: Any) -> nn.Module:
 
 def load_frozen_adapter(model: Any, folder: str, name: str) -> None:
     """Put a second, frozen adapter beside the one that trains, which stays active."""
-    model.load_adapter(folder, name, is_trainable=False)
+    from peft import PeftConfig
+
+    settings = PeftConfig.from_pretrained(folder)
+    settings.inference_mode = True
+    model.add_adapter(name, settings)
+    set_adapter_weights(model, folder, name)
     inner = base_model(model)
     embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
     # Where the embedding trains and the head is tied to it, peft gives a further adapter an embedding but no head.
@@ -490,6 +523,13 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
         total += count
         trainable += count if p.requires_grad else 0
     return trainable, total
+
+
+def vocabulary_layers(model: Any) -> list[str]:
+    """The paths of the embedding and the head of a model's vocabulary, inside peft's wrapper if there is one."""
+    inner = base_model(model)
+    ours = [layer for layer in (inner.get_input_embeddings(), inner.get_output_embeddings()) if layer is not None]
+    return [name for name, module in model.named_modules() if any(module is layer for layer in ours)]
 
 
 def _last_name(model: nn.Module, wanted: nn.Module) -> str:

@@ -14,7 +14,8 @@ from torch import nn
 from rlhfkit import __version__
 from rlhfkit.errors import ModelError
 from rlhfkit.models.folder import RECORD
-from rlhfkit.models.load import LoadedModel, base_model, stored_head
+from rlhfkit.models.load import LoadedModel, base_model, stored_head, vocabulary_layers
+from rlhfkit.models.vocabulary import rows_of_adapter
 from rlhfkit.repair.files import reason_to_copy
 
 
@@ -55,9 +56,15 @@ def save_model(
             if value.is_floating_point():
                 state[name] = cast.setdefault(value.data_ptr(), value.to(stored))
     try:
-        # PPO puts further adapters beside the one that was trained.
-        only = {"selected_adapters": ["default"]} if loaded.is_lora else {}
-        loaded.model.save_pretrained(folder, state_dict=state, **only)
+        if loaded.is_lora:
+            # PPO puts further adapters beside the one that was trained. Of a vocabulary that grew, peft would save
+            # the base's embedding too, under names that it does not read.
+            state = _readable_rows(state, loaded)
+            loaded.model.save_pretrained(
+                folder, state_dict=state, selected_adapters=["default"], save_embedding_layers=False
+            )
+        else:
+            loaded.model.save_pretrained(folder, state_dict=state)
     finally:
         inner.config.use_cache, inner.config.dtype = use_cache, dtype
     if not loaded.is_lora:
@@ -91,6 +98,16 @@ def save_model(
         **record,
     }
     (folder / RECORD).write_text(json.dumps(facts, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def _readable_rows(state: dict[str, torch.Tensor], loaded: LoadedModel) -> dict[str, torch.Tensor]:
+    """An adapter's state whose embedding and head have the rows that peft gives the base when it loads them."""
+    inner = base_model(loaded.model)
+    rows = inner.get_input_embeddings().weight.shape[0]
+    stored = int(loaded.source.config.get("vocab_size") or rows)
+    wanted = rows_of_adapter(loaded.text.tokenizer, stored, rows)
+    layers = tuple(f"{name}.modules_to_save." for name in vocabulary_layers(loaded.model))
+    return {name: value[:wanted].clone() if name.startswith(layers) else value for name, value in state.items()}
 
 
 def _tell_readers(path: Path, stored: torch.dtype) -> None:

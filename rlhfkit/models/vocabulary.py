@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 VOCABULARY_MULTIPLE = 64  # tensor cores like it; what the Qwen and Baichuan checkpoints themselves use
 _LISTED = 4096  # most padding rows that a generation config lists
@@ -46,6 +47,23 @@ def grow_vocabulary(model: Any, tokens: int) -> str:
                 if values is not None:
                     values[old:] = values[:old].float().mean(dim=0).to(values.dtype)
     return f"vocabulary grown from {old} to {new} rows for {tokens} tokens; new rows start as the mean of the old ones"
+
+
+def with_rows(values: Tensor, rows: int) -> Tensor:
+    """Values [V, ...] of an embedding or a head with ``rows`` rows; those that are new are the mean of the others."""
+    if values.shape[0] >= rows:
+        return values
+    mean = values.float().mean(dim=0, keepdim=True).to(values.dtype)
+    return torch.cat([values, mean.expand(rows - values.shape[0], *values.shape[1:])])
+
+
+def rows_of_adapter(tokenizer: Any, stored_rows: int, rows: int) -> int:
+    """How many rows an embedding has that is saved beside a LoRA adapter, for a model that has ``rows`` itself.
+
+    Before peft loads an adapter, it gives the base as many rows as the tokenizer has tokens, if those are more than
+    the ``stored_rows`` of its checkpoint. It knows of no multiple, so padding rows stay behind; they hold no token.
+    """
+    return min(rows, max(len(tokenizer), token_count(tokenizer), stored_rows))
 
 
 def forbid_padding_rows(generation: Any, tokens: int, rows: int, *, stored_rows: int) -> str:

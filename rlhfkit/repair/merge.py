@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from rlhfkit.errors import ModelError
 from rlhfkit.models.folder import ModelSource
 from rlhfkit.models.load import HEAD_NAMES, base_model
+from rlhfkit.models.vocabulary import with_rows
 from rlhfkit.repair.folder import Folder
 from rlhfkit.repair.streamed import FileWeights, Read, empty, is_empty, outputs, plain_name, stream
 from rlhfkit.repair.tensors import (
@@ -149,6 +150,9 @@ class Merge:
         self.labels = next((t.shape[0] for t in heads.values()), 1)
         self.config, self.plain = self._empty_model()
         self.head_name, self.embedding_name = _ends(self.plain)
+        for name in self.adapter:  # an embedding beside an adapter may end before the padding rows
+            if plain_name(name) in (self.embedding_name, self.head_name):
+                self.adapter[name] = with_rows(self.adapter[name], self.config.vocab_size)
         self.shapes = {name: tuple(t.shape) for name, t in self.plain.state_dict().items()}
         self.base = FileWeights(base, self.folder.weights, tied=self._tied(), rows=self._rows())
         self.names = self._names()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer, write_jsonl
+from conftest import make_model, make_tokenizer, run_card, write_jsonl
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -74,8 +74,11 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import AutoModelForCausalLM
 
     folder = make_model(tmp_path_factory.mktemp("bases") / "bf16", hidden_size=64, intermediate_size=128)
-    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
-    make_tokenizer(pad_token="<|im_end|>").save_pretrained(folder)
+    tokenizer = make_tokenizer(pad_token="<|im_end|>")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -139,6 +142,13 @@ def test_plain_libraries_give_the_same_scores(judge: Judge) -> None:
     """In one padded batch: pad was eos in the base, and would have hidden the token at which the score is read."""
     for number, side in enumerate(("chosen", "rejected")):
         assert plain_scores(judge, side) == pytest.approx([pair[number] for pair in ours(judge.folder)], abs=2e-5)
+
+
+def test_the_code_of_the_card_gives_the_same_score(judge: Judge) -> None:
+    names = run_card(judge.folder)
+    asked, answer = (message["content"] for message in names["chat"])
+    (score,) = scorer(judge.folder).score([[Message("user", asked)]], [answer])
+    assert names["score"] == pytest.approx(score, abs=2e-5)
 
 
 def test_what_trained_is_stored_as_it_was(judge: Judge) -> None:

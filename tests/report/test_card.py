@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import read_metrics
+from conftest import read_metrics, run_card
 
 from rlhfkit.config.load import load_config
 from rlhfkit.config.stages import RmConfig, SftConfig
@@ -41,9 +41,7 @@ def test_the_card(
     assert f"- data: {data}" in body
     assert yaml.safe_load(re.findall(r"```yaml\n(.*?)```", body, flags=re.DOTALL)[0])["stage"] == stage
 
-    (code,) = re.findall(r"```python\n(.*?)```", body, flags=re.DOTALL)
-    seen: dict[str, Any] = {}
-    exec(code.replace('"this-folder"', repr(str(result.final))), seen)
+    seen = run_card(result.final)
     model, tokenizer = seen["model"], seen["tokenizer"]
     assert tokenizer.chat_template
     assert any(p.abs().sum() > 0 for n, p in model.named_parameters() if "lora_B" in n) is bool(rank)

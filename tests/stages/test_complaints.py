@@ -39,6 +39,24 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("kernels", ["auto", "plain"])
+def test_the_end_token_trains_also_where_the_base_pads_with_it(
+    settings: Settings, sft_file: Path, tmp_path: Path, packing: bool, kernels: str
+) -> None:
+    """transformers excludes the row of the config's pad from training, which is the end of turn where pad == eos."""
+    base, trained = make_model(tmp_path / "base", tie_word_embeddings=False), []
+    config = json.loads((base / "config.json").read_text())
+    for name, pad in (("none", None), ("eos", make_tokenizer().eos_token_id)):
+        (base / "config.json").write_text(json.dumps(config | {"pad_token_id": pad}))
+        flags = settings(
+            name + "-run", model__path=str(base), data__train=[str(sft_file)], optim__packing=packing,
+            optim__kernels=kernels,
+        )  # fmt: skip
+        trained.append(sft.run(load_config(SftConfig, flags=flags)).final)
+    assert_same_weights(*trained)
+
+
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
 def test_a_model_learns_to_stop(base: Path, settings: Settings, sft_file: Path, packing: bool) -> None:
     """trl#976, trl#1623, LLaMA-Factory#7454: answers go on for ever where the end was masked as padding."""
     flags = settings(
