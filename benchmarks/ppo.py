@@ -38,11 +38,13 @@ PPO = {
     "ppo_epochs": 4, "kl_coef": 0.05, "cliprange": 0.2, "value_cliprange": 0.2, "value_coef": 0.1, "gamma": 1.0,
     "lam": 0.95, "temperature": 1.0,
 }  # fmt: skip
-# TRL's batch is --batch-size, in micro-batches of four. Its own default besides is gradient checkpointing, which saves
-# memory and costs time.
+# TRL's batch is --batch-size, in micro-batches of four. The checkpointed ones are as its documentation has people write
+# them: gradient checkpointing is its default, saves memory and costs time.
 RIVALS: dict[str, dict[str, Any]] = {
+    "trl-fp32-checkpointed": {"bf16": False, "gradient_checkpointing": True},
     "trl-fp32": {"bf16": False, "gradient_checkpointing": False},
     "trl-bf16": {"bf16": True, "gradient_checkpointing": False},
+    "trl-lora-fp32-checkpointed": {"bf16": False, "gradient_checkpointing": True, "lora": True},
     "trl-lora-fp32": {"bf16": False, "gradient_checkpointing": False, "lora": True},
     "trl-lora-bf16": {"bf16": True, "gradient_checkpointing": False, "lora": True},
 }
