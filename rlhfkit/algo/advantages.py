@@ -28,7 +28,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
     """
     rewards, values = rewards * mask, values * mask
     advantages = torch.zeros_like(rewards)
-    running = torch.zeros_like(rewards[:, 0])
+    running = rewards.new_zeros(len(rewards))  # not of a column: where all answers are empty there is none
     following = torch.zeros_like(running)  # value of the next state; 0 after the last token
     for t in range(rewards.shape[1] - 1, -1, -1):
         delta = rewards[:, t] + gamma * following - values[:, t]

@@ -209,7 +209,7 @@ def _update(
     step: int,
     kl_coef: float,
 ) -> dict[str, Any]:
-    """Epochs of minibatches over one rollout; means over everything that was done."""
+    """Epochs of minibatches over one rollout; means over everything that was done, zeros where nothing was."""
     ppo = config.ppo
     names = ("policy_loss", "value_loss", "clip_fraction", "ratio_mean", "entropy", "approx_kl")
     totals = dict.fromkeys(names, 0.0)
@@ -217,7 +217,7 @@ def _update(
     shuffled = np.random.default_rng((config.run.seed, step, 1))
     update.module.train()
     ratio_first = None
-    passes = 0
+    passes = looked_at = 0
     while passes < ppo.ppo_epochs:
         passes += 1
         with_entropy = passes == 1 or ppo.entropy_coef > 0  # of the policy that sampled, and where it is in the loss
@@ -225,6 +225,8 @@ def _update(
         kl_of_epoch = []
         for minibatch in order.reshape(-1, config.minibatch_size):
             tokens = int(rollout.mask[torch.as_tensor(minibatch, device=rollout.mask.device)].sum())
+            if not tokens:  # all of its answers are empty: there is nothing to learn from, and no step to take
+                continue
             mine = share(minibatch.tolist(), run.rank, run.world)
             micro_batches = [
                 _gather(rollout, targets, group, run.device)
@@ -274,15 +276,16 @@ def _update(
                 totals[name] += mean
             ratio_first = means[3] if ratio_first is None else ratio_first
             kl_of_epoch.append(means[5])
+            looked_at += with_entropy
             results.append(result)
-        if ppo.early_stop_kl and np.mean(kl_of_epoch) > ppo.early_stop_kl:
+        if ppo.early_stop_kl and kl_of_epoch and np.mean(kl_of_epoch) > ppo.early_stop_kl:
             break
-    count = len(results)
-    totals["entropy"] *= 1 if ppo.entropy_coef else passes  # it was looked at in the first pass alone
+    count = max(1, len(results))
     return {
         "loss": sum(r.loss for r in results) / count,
         "grad_norm": sum(r.grad_norm for r in results) / count,
         **{name: total / count for name, total in totals.items()},
+        "entropy": totals["entropy"] / max(1, looked_at),
         "ratio_first": ratio_first,
         "ppo_epochs": passes,
     }
@@ -402,7 +405,7 @@ def _describe(rollout: Rollout) -> dict[str, float]:
 def _explained_variance(rollout: Rollout, targets: Targets) -> float:
     """1 - Var(return - value) / Var(return): 1 is a perfect value function, 0 one that says the mean."""
     returns, values = targets.returns[rollout.mask], rollout.values[rollout.mask]
-    variance = float(returns.var(correction=0))
+    variance = float(returns.var(correction=0)) if returns.numel() else 0.0
     return 1.0 - float((returns - values).var(correction=0)) / variance if variance > 0 else 0.0
 
 

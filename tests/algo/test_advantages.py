@@ -109,6 +109,13 @@ def test_more_padding_changes_nothing() -> None:
     assert not padded.advantages[:, 7:].any()
 
 
+def test_answers_that_are_all_empty_have_no_advantages() -> None:
+    nothing = torch.zeros(3, 0)
+    found = gae(nothing, nothing, nothing.bool(), gamma=0.9, lam=0.8)
+    assert found.advantages.shape == found.returns.shape == (3, 0)
+    assert whiten(nothing, nothing.bool(), moments(nothing, nothing.bool())).shape == (3, 0)
+
+
 def test_gae_leaves_its_arguments_alone() -> None:
     rewards, values, mask = ragged_batch(6)
     before = rewards.clone(), values.clone()

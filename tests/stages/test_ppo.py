@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from rlhfkit.config.load import load_config
 from rlhfkit.config.stages import PpoConfig, RmConfig
 from rlhfkit.errors import Interrupted, NonFiniteError, RewardError
 from rlhfkit.models.reward_sources import FunctionReward
+from rlhfkit.models.sampling import Answer
 from rlhfkit.models.wrappers import PolicyModel
 from rlhfkit.runtime import checkpoint
-from rlhfkit.stages import plan, ppo, reward
+from rlhfkit.stages import episodes, plan, ppo, reward
 
 REWARD = """
 from pathlib import Path
@@ -446,3 +448,24 @@ def test_the_score_is_paid_at_the_last_real_token(flags, tmp_path, monkeypatch, 
         # At lambda 1 and without KL, the return of each token is the score; the values are 0 so far.
         expected = [float(scores[i])] * lengths[i] + [0.0] * (rollout.mask.shape[1] - lengths[i])
         assert targets.returns[i].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("kinds", [{0}, {0, 3}], ids=["all", "some"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"ppo__value_model": "separate"}, {"ppo__advantage": "grpo", "ppo__samples_per_prompt": 2}],
+    ids=["shared", "separate", "grpo"],
+)
+def test_empty_answers_are_answers(flags, monkeypatch, kinds, changes):
+    """Nothing is learned from them, and nothing breaks; minibatches of one episode are wholly empty or not at all."""
+    real = episodes.sample_answers
+
+    def some(*given, **how):
+        answers = real(*given, **how)
+        return [Answer(a.ids[: i % 2 * max(kinds)], ended=True) for i, a in enumerate(answers)]
+
+    monkeypatch.setattr(episodes, "sample_answers", some)
+    rows = read_metrics(train(flags("run", optim__batch_size=1, optim__max_steps=2, **changes)).out)[:-1]
+    assert [row["response_tokens"] for row in rows] == [max(kinds) / 2] * 2
+    assert all(math.isfinite(row["loss"]) and math.isfinite(row["kl"]) for row in rows)
+    assert (rows[0]["grad_norm"] > 0) == (max(kinds) > 0)

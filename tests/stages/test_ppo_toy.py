@@ -353,6 +353,39 @@ def test_each_minibatch_is_averaged_over_its_own_tokens(tmp_path: Path) -> None:
         assert loss == pytest.approx(-float(advantages.mean()), rel=1e-5)
 
 
+@pytest.mark.parametrize("advantage", ["gae", "rloo", "grpo"])
+def test_a_minibatch_of_empty_answers_is_no_step(tmp_path: Path, advantage: str) -> None:
+    """One episode a minibatch: the figures are means over those that have tokens."""
+    policy = make_policy("shared" if advantage == "gae" else None)
+    rollout = make_rollout(policy, [[], [GOOD], [], [BAD, 2]], settings(length=2), [1.0, 2.0, 3.0, 5.0])
+    changes: dict[str, Any] = {"advantage": advantage, "samples_per_prompt": 2, "batch_size": 1, "ppo_epochs": 3}
+    targets = _targets(rollout, rollout.scores, 0.1, make_config(tmp_path, **changes))
+    found = record(tmp_path, policy, rollout, targets, **changes)
+    sizes = [sum(len(m.tokens.targets) for m in minibatch) for minibatch in found.minibatches]
+    assert [sorted(sizes[i : i + 2]) for i in range(0, 6, 2)] == [[1, 2]] * 3
+    assert all(np.isfinite(value) for value in found.measured.values())
+    assert found.measured["ratio_first"] == 1.0
+    entropies = [
+        -(log_p.exp() * log_p).sum(dim=-1).mean().item()
+        for answer in ([GOOD], [BAD, 2])
+        for log_p in [log_softmax_alone(policy, answer, 1.0)]
+    ]
+    assert found.measured["entropy"] == pytest.approx(sum(entropies) / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("advantage", ["gae", "rloo", "grpo"])
+def test_a_batch_of_only_empty_answers_moves_nothing(tmp_path: Path, advantage: str) -> None:
+    policy = make_policy("shared" if advantage == "gae" else None)
+    before = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    rollout = make_rollout(policy, [[]] * 4, settings(), [1.0, 2.0, 3.0, 5.0])
+    changes: dict[str, Any] = {"advantage": advantage, "samples_per_prompt": 2, "early_stop_kl": 0.1}
+    targets = _targets(rollout, rollout.scores, 0.1, make_config(tmp_path, **changes))
+    measured = update_once(tmp_path, policy, rollout, targets, settings(), ppo_epochs=2, **changes)
+    assert measured["loss"] == measured["grad_norm"] == measured["entropy"] == 0.0
+    assert all(torch.equal(p, before[name]) for name, p in policy.named_parameters())
+    assert _explained_variance(rollout, targets) == 0.0
+
+
 def test_passes_end_once_the_policy_moved_too_far(tmp_path: Path) -> None:
     policy = make_policy(None)
     rollout = make_rollout(policy, [[GOOD], [BAD], [GOOD], [BAD]], settings())
