@@ -27,6 +27,8 @@ from rlhfkit.models.scoring import RewardScorer
 
 SIGNATURE = "def reward(prompts, responses, **columns)"
 FRAMES_SHOWN = 6
+LARGEST = torch.finfo(torch.float32).max  # scores are float32 from here on
+FINITE = f"a score is a finite number of float32, whose largest is {LARGEST:.3g}"
 
 
 class RewardSource(Protocol):
@@ -177,11 +179,11 @@ def _checked(name: str, scores: Any, records: Sequence[PromptRecord]) -> list[fl
             value = math.nan if isinstance(score, str) else float(score)
         except (TypeError, ValueError, OverflowError):
             value = math.nan
-        if not math.isfinite(value):
+        if not abs(value) <= LARGEST:  # nor is a NaN
             raise RewardError(
                 f"the reward {name} returned {score!r} for answer {i} of {len(records)}, to the prompt of "
                 f"{record.where}",
-                hint="a score is a finite number",
+                hint=FINITE,
             )
         values.append(value)
     return values
@@ -212,6 +214,17 @@ class WeightedReward:
         for short, (name, weight, source) in zip(self.names, self.sources, strict=True):
             components[short] = _checked(name, source.score(records, answers), records)
             totals = [t + weight * s for t, s in zip(totals, components[short], strict=True)]
+        for i, (total, record) in enumerate(zip(totals, records, strict=True)):
+            if not abs(total) <= LARGEST:
+                parts = [
+                    f"{weight:g} x {components[short][i]:g} ({short})"
+                    for short, (_, weight, _) in zip(self.names, self.sources, strict=True)
+                ]
+                raise RewardError(
+                    f"the weighted sum of the rewards is {total:g} for answer {i + 1} of {len(records)}, to the prompt "
+                    f"of {record.where}: {' + '.join(parts)}",
+                    hint=FINITE,
+                )
         return totals, components
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, TypeVar
@@ -16,6 +17,13 @@ from rlhfkit.config.blocks import OptimConfig, Optimizer
 from rlhfkit.errors import CheckpointError, ConfigError
 
 T = TypeVar("T")
+# Steps in a row that fp16's loss scaler may skip. It halves its scale each time, from 2^16 to 2^-14 by then: gradients
+# that are still not finite were not too large for the format, and no scale will ever do.
+MOST_SKIPPED = 30
+
+
+class SkippedError(Exception):
+    """The loss scaler has skipped that many steps in a row; whoever counts the steps says which."""
 
 
 class StepResult(NamedTuple):
@@ -47,6 +55,7 @@ class Optimisation:
         # Steps once per optimiser step, on every process: it is not handed to Accelerate, which would step it
         # as many times as there are processes.
         self.scheduler = make_schedule(optimizer, config, total_steps)
+        self._skipped = 0  # steps in a row, up to now
 
     @property
     def lr(self) -> float:
@@ -63,6 +72,9 @@ class Optimisation:
 
         Returns:
             The loss summed over all processes, and the norm of the whole gradient before clipping.
+
+        Raises:
+            SkippedError: in fp16, one step too many whose gradient is not finite.
         """
         accelerator = self.accelerator
         self._reserve()
@@ -85,6 +97,10 @@ class Optimisation:
         self.optimizer.zero_grad(set_to_none=not self._keeps_gradients)
         self.scheduler.step()
         grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if accelerator.scaler is not None:
+            self._skipped = 0 if math.isfinite(grad_norm) else self._skipped + 1
+            if self._skipped == MOST_SKIPPED:
+                raise SkippedError
         return StepResult(float(accelerator.reduce(total, reduction="sum")), grad_norm)
 
     def _reserve(self) -> None:

@@ -44,7 +44,7 @@ from rlhfkit.report.card import model_card
 from rlhfkit.report.runs import DATA_FAULTS, read_runs
 from rlhfkit.runtime.allocator import keep_freed_memory
 from rlhfkit.runtime.checkpoint import checkpoint_folders, load_checkpoint, save_checkpoint, save_only_what_trains
-from rlhfkit.runtime.optim import choose_optimizer
+from rlhfkit.runtime.optim import MOST_SKIPPED, SkippedError, choose_optimizer
 from rlhfkit.runtime.records import append_json, json_lines, replace_text
 from rlhfkit.runtime.screen import Screen, quiet_libraries
 from rlhfkit.runtime.trackers import check_trackers, track_histogram, track_samples
@@ -214,6 +214,7 @@ class Run:
         Raises:
             RewardError: one that came up inside, with the step and the last checkpoint in its words; up to there all
                 is saved.
+            NonFiniteError: in fp16, gradients that no scale makes finite.
         """
         running = 0
 
@@ -243,6 +244,12 @@ class Run:
             hint = f"{self._last_checkpoint()}; {self._resume_command()}"
             raise RewardError(
                 f"step {running} of {total}: {error.message}", hint=f"{error.hint}; {hint}" if error.hint else hint
+            ) from error
+        except SkippedError as error:
+            raise NonFiniteError(
+                f"the gradient is not finite at step {running}, nor was it in {MOST_SKIPPED} optimiser steps in a row, "
+                f"which fp16's loss scaler skipped ({self._last_checkpoint()})",
+                hint="compute in another format: --precision bf16 or fp32",
             ) from error
         finally:
             for number, handler in old.items():

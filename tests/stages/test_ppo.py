@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from rlhfkit.models.reward_sources import FunctionReward
 from rlhfkit.models.sampling import Answer
 from rlhfkit.models.wrappers import PolicyModel
 from rlhfkit.runtime import checkpoint
+from rlhfkit.runtime.optim import Optimisation
+from rlhfkit.runtime.run import Run
 from rlhfkit.stages import episodes, plan, ppo, reward
 
 REWARD = """
@@ -40,6 +43,15 @@ def words(prompts, responses):
 
 def large(prompts, responses):
     return [10**400] * len(responses)
+
+def wide(prompts, responses):
+    return [1.0] * (len(responses) - 1) + [3.5e38]
+
+def half(prompts, responses):
+    return [2e38] * len(responses)
+
+def other_half(prompts, responses):
+    return [1.0] * (len(responses) - 1) + [2e38]
 
 def lazy(prompts, responses):
     return (1 / (len(r) - len(r)) for r in responses)
@@ -184,7 +196,11 @@ def test_micro_batches_do_not_change_the_update(flags):
         ("broken", r"raised KeyError: 'no such thing'\n  \S+/rewards.py, line 12, in broken: raise KeyError"),
         ("nan", r"returned nan for answer 1 of 8, to the prompt of \S+prompts.jsonl:\d"),
         ("words", "returned str, not a list of numbers"),
-        ("large", r"returned 10{400} for answer 1 of 8"),
+        ("large", r"returned 10{400} for answer 1 of 8(.|\n)*float32, whose largest is 3.4e\+38"),
+        (
+            "wide",
+            r"step 1 of 3: .*returned 3.5e\+38 for answer 8 of 8, to the prompt of \S+:\d\n.*float32, whose largest",
+        ),
         ("lazy", "raised ZeroDivisionError while its numbers were read: division by zero"),
         ("leaves", "raised SystemExit: 3"),
         ("colour", "needs the column colour, which the rows do not have\n  → their other fields: n;"),
@@ -196,6 +212,22 @@ def test_micro_batches_do_not_change_the_update(flags):
 def test_a_faulty_reward_is_named(flags, rewards, function, words):
     with pytest.raises(RewardError, match=words):
         train(flags("run", ppo__reward=[f"{rewards}:{function}"]))
+
+
+def test_two_finite_rewards_whose_sum_is_none_are_named(flags, rewards, prompts_file):
+    """2e38 + 2e38 is finite in a Python float, and infinite as the float32 that the update computes in."""
+    pair = [f"{rewards}:half", f"{rewards}:other_half"]
+    with pytest.raises(RewardError) as error:
+        train(flags("run", ppo__reward=pair, run__save_every=1))
+    assert re.fullmatch(
+        r"step 1 of 3: the weighted sum of the rewards is 4e\+38 for answer 8 of 8, to the prompt of "
+        + re.escape(str(prompts_file))
+        + r":\d: 1 x 2e\+38 \(rewards.py:half\) \+ 1 x 2e\+38 \(rewards.py:other_half\)",
+        error.value.message,
+    )
+    assert "float32, whose largest is 3.4e+38; there is no checkpoint yet" in error.value.hint
+    # Weighed down they are as good as any.
+    train(flags("run", ppo__reward=[f"{each}=1e-38" for each in pair], optim__max_steps=1))
 
 
 def test_a_file_that_does_not_run_is_named(flags, tmp_path):
@@ -393,6 +425,119 @@ def test_logits_that_are_not_finite_name_step_row_and_checkpoint(flags, holed, p
     assert message.endswith(" (there is no checkpoint yet)")
     # Its own row, and whichever the sampler has given a "5" to.
     assert f"{prompts_file}:6" in message
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("logprobs", "the policy's log-probability"),
+        ("ref_logprobs", "the reference's log-probability"),
+        ("values", "the value"),
+        ("score", "the score"),
+    ],
+)
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_rollout_that_is_not_finite_names_step_row_and_checkpoint(flags, monkeypatch, part, words, number):
+    rollouts = []
+    real = ppo.look_back
+
+    def spoil(found, *given, **how):
+        real(found, *given, **how)
+        rollouts.append(found)
+        if len(rollouts) == 2:
+            if part == "score":
+                found[5].score = number
+            else:
+                getattr(found[5], part)[-1] = number
+
+    monkeypatch.setattr(ppo, "look_back", spoil)
+    with pytest.raises(NonFiniteError) as error:
+        train(flags("run", run__save_every=1))
+    out = flags("run")["run.out"]
+    assert error.value.message == (
+        f"{words} is not finite at step 2, row {rollouts[1][5].prompt.record.where} "
+        f"(the last good checkpoint is {out}/checkpoints/step-1)"
+    )
+    assert [row["step"] for row in read_metrics(out)] == [1]
+
+
+def test_a_reference_that_is_not_finite_is_told_from_its_policy(flags, monkeypatch, tiny_model):
+    token = AutoTokenizer.from_pretrained(tiny_model).encode("5", add_special_tokens=False)
+    real = ppo.load_reference
+
+    def holed(loaded, run):
+        reference = real(loaded, run)
+        reference.model.get_input_embeddings().weight.data[token] = float("nan")
+        return reference
+
+    monkeypatch.setattr(ppo, "load_reference", holed)
+    with pytest.raises(NonFiniteError, match="the reference's log-probability is not finite at step 1, row"):
+        train(flags("run"))
+
+
+@pytest.fixture
+def gradients(monkeypatch):
+    """Has the gradient of the policy's last norm be what a function of the pass backward says, the first being 1."""
+    real, passes = ppo.load_policy, itertools.count(1)
+
+    def install(of):
+        def load(*given):
+            policy = real(*given)
+            policy.model.model.norm.weight.register_hook(lambda g: g * of(next(passes)))
+            return policy
+
+        monkeypatch.setattr(ppo, "load_policy", load)
+
+    return install
+
+
+ONE_BY_ONE = {"optim__batch_size": 1, "ppo__ppo_epochs": 2, "run__save_every": 1}  # 16 optimiser steps a rollout
+
+
+def test_a_gradient_that_is_not_finite_names_step_row_and_checkpoint(flags, gradients, prompts_file):
+    gradients(lambda n: math.inf if n == 16 + 3 else 1.0)
+    with pytest.raises(NonFiniteError) as error:
+        train(flags("run", **ONE_BY_ONE))
+    found = re.fullmatch(
+        r"the gradient is not finite at step 2, row (\S+) \(the last good .* (\S+)\)", error.value.message
+    )
+    assert found is not None
+    assert found[1] in [f"{prompts_file}:{i}" for i in range(1, 9)]
+    assert found[2] == f"{flags('run')['run.out']}/checkpoints/step-1"
+
+
+@pytest.fixture
+def scaled(monkeypatch):
+    """The loss scaler of fp16, in a run that goes on in float32: a CPU does not train in fp16."""
+    begin, init = Run.begin, Optimisation.__init__
+
+    def begin_in_fp16(self, load_state):
+        begin(self, load_state)
+        self.precision = "fp16"
+
+    def with_scaler(self, accelerator, *rest):
+        accelerator.scaler = torch.amp.GradScaler("cpu")
+        init(self, accelerator, *rest)
+
+    monkeypatch.setattr(Run, "begin", begin_in_fp16)
+    monkeypatch.setattr(Run, "autocast", None)
+    monkeypatch.setattr(Optimisation, "__init__", with_scaler)
+
+
+def test_gradients_that_no_scale_makes_finite_end_an_fp16_run(flags, gradients, scaled):
+    gradients(lambda n: math.nan)
+    with pytest.raises(NonFiniteError) as error:
+        train(flags("run", **ONE_BY_ONE))
+    assert error.value.message == (
+        "the gradient is not finite at step 2, nor was it in 30 optimiser steps in a row, which fp16's loss scaler "
+        f"skipped (the last good checkpoint is {flags('run')['run.out']}/checkpoints/step-1)"
+    )
+
+
+def test_an_fp16_run_outlives_gradients_that_its_scale_makes_finite(flags, gradients, scaled):
+    gradients(lambda n: math.inf if n % 30 else 1.0)
+    result = train(flags("run", **ONE_BY_ONE))
+    assert [row["step"] for row in read_metrics(result.out)[:-1]] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("advantage", ["rloo", "grpo"])
