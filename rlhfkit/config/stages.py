@@ -179,6 +179,13 @@ class PpoConfig(StageConfig):
                     f"{ppo.rollout_size} episodes do not divide into {ppo.samples_per_prompt} samples per prompt",
                 )
             )
+        if ppo.episodes % ppo.samples_per_prompt:
+            found.append(
+                (
+                    "ppo.episodes",
+                    f"{ppo.episodes} episodes do not divide into {ppo.samples_per_prompt} samples per prompt",
+                )
+            )
         if ppo.minibatches:
             if ppo.rollout_size % ppo.minibatches:
                 found.append(

@@ -103,6 +103,11 @@ class Optimisation:
                 raise SkippedError
         return StepResult(float(accelerator.reduce(total, reduction="sum")), grad_norm)
 
+    def pass_over(self, steps: int) -> None:
+        """Move the learning rate on by steps of the schedule that are not taken."""
+        for _ in range(steps):
+            self.scheduler.step()
+
     def _reserve(self) -> None:
         """On a CPU, put the gradients and AdamW's states side by side before the first pass, for the whole run.
 

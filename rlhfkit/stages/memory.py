@@ -49,7 +49,7 @@ from rlhfkit.models.wrappers import LanguageModel, PolicyModel, RewardModel
 from rlhfkit.runtime.optim import choose_optimizer
 from rlhfkit.runtime.run import default_micro_batch_tokens
 from rlhfkit.stages.episodes import Episode, by_tokens, collate_episodes
-from rlhfkit.stages.ppo import ROLLOUT_BATCH
+from rlhfkit.stages.ppo import ROLLOUT_BATCH, rollout_sizes
 from rlhfkit.stages.ppo_models import as_multiplied
 
 GIB = 2**30
@@ -367,7 +367,7 @@ def _rollout(
     found: Estimate, config: PpoConfig, shape: Any, rows: Sequence[PromptRow], dtype: torch.dtype, widest: int
 ) -> None:
     ppo = config.ppo
-    found.answers = min(ROLLOUT_BATCH, ppo.rollout_size)
+    found.answers = min(ROLLOUT_BATCH, rollout_sizes(config, len(rows))[0])
     prompt = max(len(row.prompt) for row in rows)
     head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     keys = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads

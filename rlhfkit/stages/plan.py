@@ -17,6 +17,7 @@ from rlhfkit.runtime.run import check_folder
 from rlhfkit.runtime.screen import Screen, quiet_libraries
 from rlhfkit.stages.common import open_text_side, read_rows
 from rlhfkit.stages.memory import GIB, Estimate, available_memory, estimate
+from rlhfkit.stages.ppo import rollout_sizes
 from rlhfkit.words import tr
 
 
@@ -82,12 +83,11 @@ def _what_runs(config: StageConfig, rows: int) -> str:
     optim = config.optim
     if isinstance(config, PpoConfig):
         ppo = config.ppo
-        episodes = ppo.episodes or round(optim.epochs * rows) * ppo.samples_per_prompt
-        steps = max(1, -(-episodes // ppo.rollout_size))
-        steps = min(steps, optim.max_steps) if optim.max_steps else steps
+        sizes = rollout_sizes(config, rows)
+        last = f", the last of {sizes[-1]}" if sizes[-1] < sizes[0] else ""
         return (
-            f"{steps} steps of {ppo.rollout_size} episodes, each with {ppo.ppo_epochs} passes of "
-            f"{ppo.rollout_size // config.minibatch_size} minibatches; run folder {config.out}"
+            f"{len(sizes)} steps of {sizes[0]} episodes{last}, each with {ppo.ppo_epochs} passes of "
+            f"{-(-sizes[0] // config.minibatch_size)} minibatches; run folder {config.out}"
         )
     steps = BatchOrder(rows, optim.batch_size, 0).total_steps(optim.epochs, optim.max_steps)
     return f"{steps} steps of {optim.batch_size} rows; run folder {config.out}"

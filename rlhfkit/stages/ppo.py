@@ -27,7 +27,7 @@ from rlhfkit.chat.messages import last_user_text
 from rlhfkit.config.stages import PpoConfig
 from rlhfkit.data.batch import TokenBatch, share
 from rlhfkit.data.tokenize import PromptRow
-from rlhfkit.errors import CheckpointError, ConfigError, NonFiniteError
+from rlhfkit.errors import CheckpointError, ConfigError, NonFiniteError, RewardError
 from rlhfkit.models.adapters import VALUE
 from rlhfkit.models.reward_sources import check_rewards
 from rlhfkit.models.sampling import SamplingSettings
@@ -107,11 +107,10 @@ def run(config: PpoConfig) -> StageResult:
 
     # 3. Optimiser and the state that a resume needs.
     per_step = ppo.rollout_size // ppo.samples_per_prompt  # prompts
-    episodes_wanted = ppo.episodes or round(config.optim.epochs * len(rows)) * ppo.samples_per_prompt
-    total = max(1, -(-episodes_wanted // ppo.rollout_size))
-    total = min(total, config.optim.max_steps) if config.optim.max_steps else total
-    minibatches = ppo.rollout_size // config.minibatch_size
-    update = Optimisation(run.accelerator, policy, config.optim, total * ppo.ppo_epochs * minibatches)
+    sizes = rollout_sizes(config, len(rows))
+    total = len(sizes)
+    minibatches = sum(-(-size // config.minibatch_size) for size in sizes)
+    update = Optimisation(run.accelerator, policy, config.optim, minibatches * ppo.ppo_epochs)
     controller = KlController(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
     running = RunningMoments()
 
@@ -162,14 +161,19 @@ def run(config: PpoConfig) -> StageResult:
         return {f"eval_{name}": value for name, value in _describe(rollout).items()}
 
     if run.step == 0 and held_out:
-        before = evaluate()
+        try:
+            before = evaluate()
+        except RewardError as error:
+            raise RewardError(f"before step 1 of {total}: {error.message}", hint=error.hint) from error
         run.record({"event": "start", "step": 0, **before})
         run.screen.line(f"before training: eval_reward_mean {before['eval_reward_mean']:.4f}")
 
     # 4. The loop.
     with run.steps("ppo", total) as steps:
         for step in steps:
-            prompts = [rows[i] for i in prompts_of_step(len(rows), per_step, config.run.seed, step)]
+            size = sizes[step - 1]
+            places = prompts_of_step(len(rows), per_step, config.run.seed, step)
+            prompts = [rows[i] for i in places[: size // ppo.samples_per_prompt]]
             rollout, seconds = roll_out(prompts, ppo.samples_per_prompt, step, (config.run.seed, step))
             scores = _shape_scores(rollout, config, running)
             targets = _targets(rollout, scores, controller.coef, config)
@@ -180,14 +184,14 @@ def run(config: PpoConfig) -> StageResult:
                 **measured,
                 "lr": lr,
                 "tokens": int(rollout.mask.sum()),
-                "episodes": step * ppo.rollout_size,
+                "episodes": sum(sizes[:step]),
                 **_describe(rollout),
                 "kl_coef": kl_coef,
                 "value_explained_variance": _explained_variance(rollout, targets) if ppo.advantage == "gae" else None,
                 **seconds,
                 "seconds_update": time.perf_counter() - started,
             }
-            controller.update(metrics["kl"], ppo.rollout_size)
+            controller.update(metrics["kl"], size)
             run.histogram("rewards", rollout.scores.tolist(), step)
             run.finish_step(step, total, metrics, shown=SHOWN, state=state, evaluate=evaluate)
 
@@ -218,12 +222,13 @@ def _update(
     update.module.train()
     ratio_first = None
     passes = looked_at = 0
+    starts = range(config.minibatch_size, len(rollout.episodes), config.minibatch_size)  # of all but the first
     while passes < ppo.ppo_epochs:
         passes += 1
         with_entropy = passes == 1 or ppo.entropy_coef > 0  # of the policy that sampled, and where it is in the loss
         order = shuffled.permutation(len(rollout.episodes))
         kl_of_epoch = []
-        for minibatch in order.reshape(-1, config.minibatch_size):
+        for minibatch in np.split(order, starts):
             tokens = int(rollout.mask[torch.as_tensor(minibatch, device=rollout.mask.device)].sum())
             if not tokens:  # all of its answers are empty: there is nothing to learn from, and no step to take
                 continue
@@ -280,6 +285,8 @@ def _update(
             results.append(result)
         if ppo.early_stop_kl and kl_of_epoch and np.mean(kl_of_epoch) > ppo.early_stop_kl:
             break
+    # Steps that were planned and not taken have their place in the learning rate's course.
+    update.pass_over(ppo.ppo_epochs * (len(starts) + 1) - len(results))
     count = max(1, len(results))
     return {
         "loss": sum(r.loss for r in results) / count,
@@ -357,6 +364,14 @@ def _targets(rollout: Rollout, scores: Tensor, kl_coef: float, config: PpoConfig
     else:
         per_answer = grpo(scores, ppo.samples_per_prompt)
     return Targets(per_answer[:, None] * mask, torch.zeros_like(kl))
+
+
+def rollout_sizes(config: PpoConfig, rows: int) -> list[int]:
+    """How many episodes each step samples, of so many prompts: the last takes what is left."""
+    ppo = config.ppo
+    wanted = ppo.episodes or max(1, round(config.optim.epochs * rows)) * ppo.samples_per_prompt
+    sizes = [min(ppo.rollout_size, wanted - done) for done in range(0, wanted, ppo.rollout_size)]
+    return sizes[: config.optim.max_steps or None]
 
 
 def prompts_of_step(count: int, per_step: int, seed: int, step: int) -> list[int]:

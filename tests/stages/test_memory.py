@@ -157,6 +157,7 @@ def test_models_of_ppo_are_named_and_a_shared_backbone_is_counted_once(
     more = {"model__path": str(model), "lora__rank": 4, **BF16}
     judge = reward.run(load_config(RmConfig, flags=settings("rm", data__train=[str(pairs_file)], **more))).final
     more |= {"data__train": [str(prompts_file)], "ppo__reward": [str(judge), "http://127.0.0.1:1/score"]}
+    more["ppo__episodes"] = 64
     config = load_config(PpoConfig, flags=settings("run", **more, ppo__max_new_tokens=8, ppo__value_model=value))
     found, *_ = planned(config)
     weights = {name: size for name, size in found.held.items() if name.startswith("weights")}

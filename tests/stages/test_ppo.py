@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from rlhfkit.config.load import load_config
 from rlhfkit.config.stages import PpoConfig, RmConfig
-from rlhfkit.errors import Interrupted, NonFiniteError, RewardError
+from rlhfkit.errors import ConfigError, Interrupted, NonFiniteError, RewardError
 from rlhfkit.models.reward_sources import FunctionReward
 from rlhfkit.models.sampling import Answer
 from rlhfkit.models.wrappers import PolicyModel
@@ -97,7 +97,7 @@ def flags(settings, prompts_file, rewards):
             "ppo__max_new_tokens": 8,
             "ppo__rollout_size": 8,
             "ppo__ppo_epochs": 2,
-            "optim__epochs": 3,
+            **({} if "ppo__episodes" in changes else {"optim__epochs": 3}),
         }
         return settings(out, **{**defaults, **changes})
 
@@ -158,9 +158,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(next(folder.glob("*.safetensors")))
 
 
-@pytest.mark.parametrize("changes", [{}, {"lora__rank": 4}], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"lora__rank": 4}, {"ppo__early_stop_kl": 1e-5, "ppo__ppo_epochs": 3, "ppo__episodes": 29}],
+    ids=["full", "lora", "early"],
+)
 def test_resume_equals_unbroken_bit_for_bit(flags, changes):
-    changes = {**changes, "ppo__kl_target": 1.0, "ppo__reward_normalize": True, "optim__epochs": 4}
+    changes = {**changes, "ppo__kl_target": 1.0, "ppo__reward_normalize": True}
+    changes |= {} if "ppo__episodes" in changes else {"optim__epochs": 4}
     unbroken = train(flags("unbroken", **changes))
     broken = flags("broken", **changes)
 
@@ -178,8 +183,55 @@ def test_resume_equals_unbroken_bit_for_bit(flags, changes):
         assert set(a) == set(b)
         assert all(torch.equal(a[name], b[name]) for name in a)
     old, new = read_metrics(unbroken.out), read_metrics(resumed.out)
-    same = ("step", "loss", "reward_mean", "kl", "kl_coef")
+    same = ("step", "loss", "reward_mean", "kl", "kl_coef", "lr", "episodes", "ppo_epochs")
     assert [[r.get(k) for k in same] for r in old[:-1]] == [[r.get(k) for k in same] for r in new[:-1]]
+
+
+@pytest.mark.parametrize("scheduler", ["linear", "cosine"])
+def test_an_early_stop_leaves_the_course_of_the_learning_rate(flags, scheduler):
+    """Steps that were not taken are passed over: the learning rate of a rollout depends on its number alone."""
+    changes = {"ppo__ppo_epochs": 4, "optim__epochs": 4, "optim__scheduler": scheduler, "optim__lr": 3e-3}
+    whole, early = (
+        read_metrics(train(flags(f"run-{kl}", ppo__early_stop_kl=kl, **changes)).out)[:-1] for kl in (0, 1e-5)
+    )
+    assert [row["ppo_epochs"] for row in whole] == [4] * 4
+    assert max(row["ppo_epochs"] for row in early) < 4
+    assert [row["lr"] for row in early] == [row["lr"] for row in whole]
+    assert whole[-1]["lr"] < 0.5 * whole[0]["lr"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes"),
+    [
+        ({"ppo__episodes": 5, "ppo__rollout_size": 4}, [4, 1]),
+        ({"ppo__episodes": 6}, [6]),
+        ({"optim__epochs": 1.5, "ppo__rollout_size": 5, "optim__batch_size": 5}, [5, 5, 2]),
+        ({"ppo__episodes": 10, "ppo__rollout_size": 8, "ppo__samples_per_prompt": 2, "ppo__advantage": "rloo"}, [8, 2]),
+        ({"ppo__episodes": 24, "optim__max_steps": 2}, [8, 8]),
+        ({"optim__epochs": 0.01}, [1]),
+    ],
+)
+def test_as_many_episodes_are_sampled_as_were_asked_for(flags, prompts_file, changes, sizes, capfd):
+    """The last rollout takes what is left, and its prompts are those that would come next."""
+    given = flags("run", **changes)
+    rollouts = []
+    real = ppo.sample_episodes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "sample_episodes", lambda *a, **how: rollouts.append(real(*a, **how)) or rollouts[-1])
+        rows = read_metrics(train(given).out)[:-1]
+    assert [len(found) for found in rollouts] == sizes
+    assert [row["episodes"] for row in rows] == list(itertools.accumulate(sizes))
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    asked = [e.prompt.record.where for found in rollouts for e in found][:: given.get("ppo.samples_per_prompt", 1)]
+    assert len(set(asked[:8])) == len(asked[:8])  # an epoch of them
+    plan.run(load_config(PpoConfig, flags={**given, "run.out": given["run.out"] + "-plan"}))
+    last = f", the last of {sizes[-1]}" if sizes[-1] < sizes[0] else ""
+    assert f"{len(sizes)} steps of {sizes[0]} episodes{last}, each with 2 passes of " in capfd.readouterr().out
+
+
+def test_episodes_that_do_not_divide_into_samples_are_refused(flags):
+    with pytest.raises(ConfigError, match=r"ppo\.episodes: 5 episodes do not divide into 2 samples per prompt"):
+        train(flags("run", ppo__episodes=5, ppo__samples_per_prompt=2))
 
 
 def test_micro_batches_do_not_change_the_update(flags):
@@ -314,6 +366,12 @@ def test_a_fault_in_an_evaluation_loses_no_step(flags, tmp_path, prompts_file):
     settings = {"data__eval": [str(prompts_file)], "run__eval_every": 2}
     for rows in goes_on_once_mended(flags, tmp_path / "rewards.py", 4, words, **settings):
         assert [row["step"] for row in rows if "event" not in row] == [1, 2, 3]
+
+
+def test_a_fault_before_training_is_named_as_such(flags, rewards, prompts_file):
+    settings = {"data__eval": [str(prompts_file)], "ppo__reward": [f"{rewards}:broken"]}
+    with pytest.raises(RewardError, match=r"^before step 1 of 3: the reward \S+:broken raised KeyError(.|\n)*→ it was"):
+        train(flags("run", **settings))
 
 
 GROUPS = {"ppo__samples_per_prompt": 2}

@@ -187,6 +187,7 @@ class Recorder:
         self.module = policy
         self.minibatches: list[list[UpdateBatch]] = []
         self.losses: list[float] = []
+        self.passed_over = 0
         self.measured: dict[str, Any] = {}
 
     def step(
@@ -198,6 +199,9 @@ class Recorder:
         self.minibatches.append(list(micro_batches))
         self.losses.append(total.item())
         return StepResult(total.item(), 0.0)
+
+    def pass_over(self, steps: int) -> None:
+        self.passed_over += steps
 
 
 ANSWERS = [[GOOD, 2], [BAD], [4, 6, 0], [GOOD]]
@@ -353,6 +357,18 @@ def test_each_minibatch_is_averaged_over_its_own_tokens(tmp_path: Path) -> None:
         assert loss == pytest.approx(-float(advantages.mean()), rel=1e-5)
 
 
+@pytest.mark.parametrize(("size", "sizes"), [(3, [3, 1]), (2, [2, 2]), (5, [4])])
+def test_the_last_minibatch_of_a_pass_takes_what_is_left(tmp_path: Path, size: int, sizes: list[int]) -> None:
+    """Of the last rollout of a run, which may be smaller than the others."""
+    policy = make_policy(None)
+    rollout = make_rollout(policy, ANSWERS, settings(length=3))
+    changes: dict[str, Any] = {"advantage": "rloo", "samples_per_prompt": 2, "rollout_size": 30, "batch_size": size}
+    found = record(tmp_path, policy, rollout, random_targets(rollout), ppo_epochs=2, **changes)
+    rows = [len(set(torch.cat([m.rows for m in minibatch]).tolist())) for minibatch in found.minibatches]
+    assert rows == sizes * 2
+    assert found.passed_over == 0
+
+
 @pytest.mark.parametrize("advantage", ["gae", "rloo", "grpo"])
 def test_a_minibatch_of_empty_answers_is_no_step(tmp_path: Path, advantage: str) -> None:
     """One episode a minibatch: the figures are means over those that have tokens."""
@@ -363,6 +379,7 @@ def test_a_minibatch_of_empty_answers_is_no_step(tmp_path: Path, advantage: str)
     found = record(tmp_path, policy, rollout, targets, **changes)
     sizes = [sum(len(m.tokens.targets) for m in minibatch) for minibatch in found.minibatches]
     assert [sorted(sizes[i : i + 2]) for i in range(0, 6, 2)] == [[1, 2]] * 3
+    assert found.passed_over == 6
     assert all(np.isfinite(value) for value in found.measured.values())
     assert found.measured["ratio_first"] == 1.0
     entropies = [
