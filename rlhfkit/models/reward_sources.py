@@ -227,6 +227,13 @@ class WeightedReward:
                 )
         return totals, components
 
+    @property
+    def cut(self) -> list[bool]:
+        """Of each answer scored last, whether a reward model saw a part of its conversation alone; empty without
+        reward models."""
+        seen = [source.scorer.cut for _, _, source in self.sources if isinstance(source, ModelReward)]
+        return [any(each) for each in zip(*seen, strict=True)]
+
 
 def check_rewards(specs: Sequence[str], timeout: float) -> None:
     """Find out before any model is loaded whether the sources are there. No user's code is run.

@@ -100,16 +100,21 @@ class RewardScorer:
             )
         self.max_length = max_length or int(source.record.get("max_length") or positions or 4096)
         self.micro_batch_tokens = micro_batch_tokens
+        self.cut: list[bool] = []  # of each answer scored last: whether its conversation was too long to be read whole
 
     def encode(self, prompt: Sequence[Message], answer: str) -> NDArray[np.int32]:
         """Ids of a conversation, cut as `fit_answers` says for an answer that is compared with no other."""
-        prompt_ids, answer_ids = self.text.encoder.encode_pair(prompt, answer)
-        prompt_kept, (answer_kept,) = fit_answers(prompt_ids, [answer_ids], self.max_length)
+        return self._fitted(*self.text.encoder.encode_pair(prompt, answer))
+
+    def _fitted(self, prompt: Sequence[int], answer: Sequence[int]) -> NDArray[np.int32]:
+        prompt_kept, (answer_kept,) = fit_answers(prompt, [answer], self.max_length)
         return np.asarray([*prompt_kept, *answer_kept], dtype=np.int32)
 
     def score(self, prompts: Sequence[Sequence[Message]], answers: Sequence[str]) -> list[float]:
-        """One score per answer, in their order."""
-        return self.score_rows([self.encode(p, a) for p, a in zip(prompts, answers, strict=True)])
+        """One score per answer, in their order; notes in ``cut`` whose conversation was cut."""
+        pairs = [self.text.encoder.encode_pair(p, a) for p, a in zip(prompts, answers, strict=True)]
+        self.cut = [len(prompt) + len(answer) > self.max_length for prompt, answer in pairs]
+        return self.score_rows([self._fitted(*pair) for pair in pairs])
 
     @torch.no_grad()
     def score_rows(self, rows: Sequence[NDArray[np.int32]], tick: Callable[[], None] = lambda: None) -> list[float]:

@@ -37,6 +37,7 @@ class Episode:
     text: str
     score: float = 0.0
     components: dict[str, float] = field(default_factory=dict)
+    cut: bool | None = None  # whether a reward model saw a part of the conversation alone; None without reward models
     logprobs: Floats = field(default_factory=lambda: np.zeros(0, np.float32))  # [len(response)], as those below
     ref_logprobs: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
     values: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
@@ -92,13 +93,15 @@ def sample_episodes(
 
 
 def score_episodes(episodes: Sequence[Episode], reward: WeightedReward) -> None:
-    """Fill in ``score`` and ``components``."""
+    """Fill in ``score``, ``components`` and ``cut``."""
     if not episodes:
         return
     totals, components = reward.score([e.prompt.record for e in episodes], [e.text for e in episodes])
     for i, episode in enumerate(episodes):
         episode.score = totals[i]
         episode.components = {name: scores[i] for name, scores in components.items()}
+    for episode, cut in zip(episodes, reward.cut, strict=False):
+        episode.cut = cut
 
 
 def collate_episodes(episodes: Sequence[Episode], device: torch.device) -> TokenBatch:

@@ -29,7 +29,7 @@ from rlhfkit.data.batch import TokenBatch, share
 from rlhfkit.data.tokenize import PromptRow
 from rlhfkit.errors import CheckpointError, ConfigError, NonFiniteError, RewardError
 from rlhfkit.models.adapters import VALUE
-from rlhfkit.models.reward_sources import check_rewards
+from rlhfkit.models.reward_sources import WeightedReward, check_rewards
 from rlhfkit.models.sampling import SamplingSettings
 from rlhfkit.models.save import save_model
 from rlhfkit.models.wrappers import PolicyOutput
@@ -46,7 +46,7 @@ from rlhfkit.stages.episodes import (
     score_episodes,
     stack,
 )
-from rlhfkit.stages.ppo_models import held, load_policy, load_reference
+from rlhfkit.stages.ppo_models import held, load_policy, load_reference, reward_models
 
 SHOWN = ("reward_mean", "kl", "response_tokens", "eos_rate", "loss", "eval_reward_mean")
 ROLLOUT_BATCH = 64  # answers sampled together; the cache of keys and values grows with it
@@ -113,6 +113,7 @@ def run(config: PpoConfig) -> StageResult:
     update = Optimisation(run.accelerator, policy, config.optim, minibatches * ppo.ppo_epochs)
     controller = KlController(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
     running = RunningMoments()
+    said_cut = False
 
     def state() -> dict[str, Any]:
         return {**update.state_dict(), "kl_coef": controller.coef, "running": vars(running)}
@@ -150,6 +151,8 @@ def run(config: PpoConfig) -> StageResult:
         everyone = gather_object(episodes) if run.world > 1 else episodes
         rollout = stack(sorted(everyone, key=lambda e: e.index), run.device)
         _refuse_not_finite(rollout, run, step)
+        nonlocal said_cut
+        said_cut = said_cut or _say_cut(rollout, reward, run)
         scored = time.perf_counter()
         return rollout, {"seconds_rollout": sampled - started, "seconds_score": scored - sampled}
 
@@ -402,6 +405,17 @@ def _save_value(module: Any, run: Run) -> None:
             ) from error
 
 
+def _say_cut(rollout: Rollout, reward: WeightedReward, run: Run) -> bool:
+    """Tell of conversations that a reward model did not see whole; returns whether there were any."""
+    if cut := sum(bool(e.cut) for e in rollout.episodes):
+        limit = min(scorer.max_length for _, scorer in reward_models(reward))
+        run.screen.line(
+            f"note: {cut} of {len(rollout.episodes)} conversations are longer than the {limit} tokens that the reward "
+            "model reads, and lost the beginning of their prompt (reward_cut goes on counting)"
+        )
+    return cut > 0
+
+
 def _describe(rollout: Rollout) -> dict[str, float]:
     """What a rollout was like: plain scores, KL to the reference per answer in nats (k1, the unbiased one), lengths."""
     kl = (kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k1") * rollout.mask).sum(dim=1)
@@ -414,6 +428,8 @@ def _describe(rollout: Rollout) -> dict[str, float]:
     }
     for name in rollout.episodes[0].components:
         found[f"reward/{name}"] = sum(e.components[name] for e in rollout.episodes) / len(rollout.episodes)
+    if rollout.episodes[0].cut is not None:
+        found["reward_cut"] = sum(bool(e.cut) for e in rollout.episodes) / len(rollout.episodes)
     return found
 
 

@@ -60,7 +60,7 @@ def load_policy(config: PpoConfig, run: Run, loaded: LoadedModel, reward: Weight
 def _add_value_adapter(config: PpoConfig, run: Run, loaded: LoadedModel, reward: WeightedReward) -> Tensor | None:
     """A value function on an adapter of its own: starts as the reward model where that is on the same base (Ouyang et
     al. 2022, section 3.5), else as the policy. Returns what its head starts as."""
-    start = next(((w, s) for w, s in _reward_models(reward) if s.shared), None)
+    start = next(((w, s) for w, s in reward_models(reward) if s.shared), None)
     if start is None:
         add_value_adapter(loaded.model, POLICY)
         head = None
@@ -84,7 +84,7 @@ def _value_model(
     width = backbone(loaded.model).config.hidden_size
     like_policy = [
         (weight, scorer)
-        for weight, scorer in _reward_models(reward)
+        for weight, scorer in reward_models(reward)
         if scorer.text.tokenizer.get_vocab() == loaded.text.tokenizer.get_vocab()
         and backbone(scorer.loaded.model).config.hidden_size == width
     ]
@@ -106,7 +106,8 @@ def _value_model(
     return backbone(fresh.model), head
 
 
-def _reward_models(reward: WeightedReward) -> list[tuple[float, RewardScorer]]:
+def reward_models(reward: WeightedReward) -> list[tuple[float, RewardScorer]]:
+    """The reward models among the sources, each with its weight."""
     return [(weight, source.scorer) for _, weight, source in reward.sources if isinstance(source, ModelReward)]
 
 
@@ -124,7 +125,7 @@ def held(loaded: LoadedModel, policy: PolicyModel, reward: WeightedReward) -> st
     else:
         parts = ["the policy", "a frozen copy as the reference"]
     parts += ["a value model"] if policy.value_trunk is not None else []
-    for _, scorer in _reward_models(reward):
+    for _, scorer in reward_models(reward):
         if not scorer.shared:
             stored = {"none": "16 bits"}.get(scorer.quantize, scorer.quantize)
             why = f" on a base of its own, since it was trained on one in {stored}" if scorer.other_storage else ""

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -149,6 +149,8 @@ def test_a_lora_policy_samples_as_its_merged_copy(
 
 def test_scores_and_their_parts_reach_their_episodes() -> None:
     class Reward:
+        cut: ClassVar[list[bool]] = [False, True]
+
         def score(self, records: list[PromptRecord], answers: list[str]) -> tuple[list[float], dict[str, list[float]]]:
             assert answers == ["", ""]
             assert [r.where for r in records] == ["q.jsonl:1"] * 2
@@ -159,6 +161,7 @@ def test_scores_and_their_parts_reach_their_episodes() -> None:
     score_episodes(episodes, reward)
     assert [e.score for e in episodes] == [1.5, -2.0]
     assert [e.components for e in episodes] == [{"a": 1.0, "b": 0.5}, {"a": -1.0, "b": -1.0}]
+    assert [e.cut for e in episodes] == [False, True]
     score_episodes([], reward)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 from pathlib import Path
@@ -19,6 +20,7 @@ from rlhfkit.config.stages import PpoConfig, RmConfig
 from rlhfkit.errors import ConfigError, Interrupted, NonFiniteError, RewardError
 from rlhfkit.models.reward_sources import FunctionReward
 from rlhfkit.models.sampling import Answer
+from rlhfkit.models.scoring import RewardScorer
 from rlhfkit.models.wrappers import PolicyModel
 from rlhfkit.runtime import checkpoint
 from rlhfkit.runtime.optim import Optimisation
@@ -433,6 +435,30 @@ def test_reward_model_as_reward_with_weights(flags, settings, pairs_file, reward
     assert first["reward_mean"] == pytest.approx(
         0.5 * first["reward/final"] + 2 * first["reward/rewards.py:length"], abs=1e-5
     )
+
+
+@pytest.mark.parametrize("lora", [0, 4], ids=["alone", "on-the-policy-s-base"])
+def test_conversations_that_a_reward_model_cuts_are_counted(flags, settings, pairs_file, prompts_file, capfd, lora):
+    """By its own rule: the prompt loses its beginning. Long prompts are cut, short ones are not."""
+    rm = reward.run(load_config(RmConfig, flags=settings("rm", data__train=[str(pairs_file)], lora__rank=lora))).final
+    record = json.loads((rm / "rlhfkit.json").read_text())
+    (rm / "rlhfkit.json").write_text(json.dumps({**record, "max_length": 48}))
+    rows = [{"prompt": "say one word " * (12 if i == 3 else 1) + str(i), "n": i} for i in range(8)]
+    given = {"data__train": [str(write_jsonl(prompts_file, rows))], "data__eval": [str(prompts_file)]}
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = RewardScorer.score_rows
+        patch.setattr(RewardScorer, "score_rows", lambda self, rows: seen.append(rows) or real(self, rows))
+        rows = read_metrics(train(flags("run", ppo__reward=[str(rm)], lora__rank=lora, **given)).out)
+    assert max(map(len, seen[0])) == 48
+    assert [row["reward_cut"] for row in rows[1:-1]] == [1 / 8] * 3
+    assert rows[0]["eval_reward_cut"] == rows[-2]["eval_reward_cut"] == 1 / 8
+    said = capfd.readouterr().err
+    assert said.count("note: 1 of 8 conversations are longer than the 48 tokens that the reward model reads") == 1
+
+
+def test_nothing_is_cut_where_no_reward_model_reads(flags):
+    assert "reward_cut" not in read_metrics(train(flags("run", optim__max_steps=1)).out)[0]
 
 
 def test_policy_from_an_sft_adapter_keeps_it_as_reference(flags, settings, sft_file):
