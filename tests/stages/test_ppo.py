@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import random
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_model, make_tokenizer, read_metrics, write_jsonl
@@ -28,7 +30,11 @@ from rlhfkit.runtime.run import Run
 from rlhfkit.stages import episodes, plan, ppo, reward
 
 REWARD = """
+import random
 from pathlib import Path
+
+import numpy
+import torch
 
 def length(prompts, responses, n, **columns):
     assert len(prompts) == len(responses) == len(n)
@@ -68,6 +74,9 @@ def questions(questions, answers):
     return [0.0] * len(answers)
 
 CONSTANT = 3
+
+def noisy(prompts, responses):
+    return [random.random() + numpy.random.rand() + float(torch.rand(())) for _ in responses]
 
 def nan(prompts, responses):
     return [float("nan")] * len(responses)
@@ -162,10 +171,19 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"lora__rank": 4}, {"ppo__early_stop_kl": 1e-5, "ppo__ppo_epochs": 3, "ppo__episodes": 29}],
-    ids=["full", "lora", "early"],
+    [
+        {},
+        {"lora__rank": 4},
+        {"ppo__value_model": "separate"},
+        {"ppo__early_stop_kl": 1e-5, "ppo__ppo_epochs": 3, "ppo__episodes": 29},
+        {"ppo__reward": "noisy"},
+    ],
+    ids=["full", "lora", "separate", "early", "noisy"],
 )
-def test_resume_equals_unbroken_bit_for_bit(flags, changes):
+def test_resume_equals_unbroken_bit_for_bit(flags, rewards, changes):
+    """A reward that draws random numbers goes on with those that would have come next, whatever was drawn meanwhile."""
+    if "ppo__reward" in changes:
+        changes = {"ppo__reward": [f"{rewards}:noisy"]}
     changes = {**changes, "ppo__kl_target": 1.0, "ppo__reward_normalize": True}
     changes |= {} if "ppo__episodes" in changes else {"optim__epochs": 4}
     unbroken = train(flags("unbroken", **changes))
@@ -179,6 +197,8 @@ def test_resume_equals_unbroken_bit_for_bit(flags, changes):
         with pytest.raises(Interrupted):
             train(broken)
     torch.rand(3)
+    random.random()
+    np.random.rand()
     resumed = train({**broken, "run.resume": True})
     for part in ("final", "value"):
         a, b = weights(unbroken.out / part), weights(resumed.out / part)
@@ -236,6 +256,19 @@ def test_episodes_that_do_not_divide_into_samples_are_refused(flags):
         train(flags("run", ppo__episodes=5, ppo__samples_per_prompt=2))
 
 
+def test_a_value_model_of_its_own_is_saved_whole(flags):
+    """Every weight of it, as the last checkpoint holds it, and nothing of the policy."""
+    result = train(flags("run", ppo__value_model="separate"))
+    values, policy = weights(result.out / "value"), weights(result.final)
+    trained = load_file(result.out / "checkpoints/step-3/trained-0.safetensors")
+    assert set(values) == {name for name in trained if name.startswith("value_")}
+    assert all(torch.equal(values[name], trained[name]) for name in values)
+    # The policy's trunk, and a head.
+    trunk = {name.removeprefix("model.") for name in policy if name != "lm_head.weight"}
+    assert set(values) == {f"value_trunk.{name}" for name in trunk} | {"value_head.weight", "value_head.bias"}
+    assert not torch.equal(values["value_trunk.norm.weight"], policy["model.norm.weight"])
+
+
 def test_micro_batches_do_not_change_the_update(flags):
     a = read_metrics(train(flags("a", optim__micro_batch_tokens=10**6), "optim.max_steps=1").out)
     b = read_metrics(train(flags("b", optim__micro_batch_tokens=1), "optim.max_steps=1").out)
@@ -247,7 +280,7 @@ def test_micro_batches_do_not_change_the_update(flags):
     ("function", "words"),
     [
         ("short", r"step 1 of 3: the reward \S+/rewards.py:short returned 1 numbers for 8 answers"),
-        ("broken", r"raised KeyError: 'no such thing'\n  \S+/rewards.py, line 12, in broken: raise KeyError"),
+        ("broken", r"raised KeyError: 'no such thing'\n  \S+/rewards.py, line 16, in broken: raise KeyError"),
         ("nan", r"returned nan for answer 1 of 8, to the prompt of \S+prompts.jsonl:\d"),
         ("words", "returned str, not a list of numbers"),
         ("large", r"returned 10{400} for answer 1 of 8(.|\n)*float32, whose largest is 3.4e\+38"),

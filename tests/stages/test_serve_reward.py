@@ -30,6 +30,7 @@ from rlhfkit.config.rewards import parse_reward
 from rlhfkit.config.stages import PpoConfig, RmConfig
 from rlhfkit.data.records import PromptRecord
 from rlhfkit.errors import ConfigError, RewardError
+from rlhfkit.models import reward_http
 from rlhfkit.models.reward_http import ANSWERS_PER_REQUEST, HttpReward
 from rlhfkit.models.reward_sources import check_rewards
 from rlhfkit.models.scoring import RewardScorer
@@ -343,6 +344,24 @@ def test_a_number_that_is_none_is_named_with_its_row(settings: Any, prompts_file
     words = r"step 1 of 2: the reward http://\S+ returned nan for answer 8 of 8, to the prompt of \S+prompts.jsonl:\d"
     with answering((200, scores)) as (url, _), pytest.raises(RewardError, match=words):
         ppo.run(flags_of(settings, prompts_file, "run", url))
+
+
+def test_the_settings_of_a_run_are_those_of_its_server(
+    settings: Any, prompts_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--reward-retries and --reward-timeout, with neither at its default."""
+    monkeypatch.setattr(reward_http, "FIRST_PAUSE", 0.0)
+    eight = (200, json.dumps({"scores": [1.0] * 8}).encode())
+    with answering((503, b""), (503, b""), eight) as (url, requests):
+        ppo.run(flags_of(settings, prompts_file, "two", url, ppo__reward_retries=2, optim__max_steps=1))
+        assert len(requests) == 3
+    with answering((503, b"")) as (url, requests):
+        with pytest.raises(RewardError, match="tried 6 times"):
+            ppo.run(flags_of(settings, prompts_file, "five", url, ppo__reward_retries=5))
+        assert len(requests) == 6
+    more = {"ppo__reward_timeout": 0.25, "ppo__reward_retries": 0}
+    with answering(1.0) as (url, _), pytest.raises(RewardError, match=r"did not answer within 0.25 s \(tried once\)"):
+        ppo.run(flags_of(settings, prompts_file, "slow", url, **more))
 
 
 def test_no_secret_of_a_url_leaves_the_configuration(settings: Any, prompts_file: Path) -> None:
