@@ -32,7 +32,7 @@ from typing import IO, Any, NoReturn
 
 from safetensors.torch import load_file
 
-TIMEOUT = 120.0  # seconds that one command line may take
+TIMEOUT = 300.0  # seconds that one command line may take
 FILE_CALLS = ("mkdir", "replace", "fsync", "rmdir", "unlink")  # of `os`; shutil.rmtree is made of the last two
 
 PRELOADED = (  # what the commands import when they need it

@@ -21,7 +21,7 @@ from typing import Any
 
 from killing import run_command, speak_into
 
-TIMEOUT = 120.0  # seconds that one command line may take
+TIMEOUT = 300.0  # seconds that one command line may take
 RunPair = Callable[..., tuple[list[int], str]]
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",

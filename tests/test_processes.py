@@ -52,7 +52,7 @@ def two_processes(*words: str) -> list[dict[str, Any]]:
     command = [sys.executable, *launch, "-m", "rlhfkit", *words]
     process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        err = process.communicate(timeout=120)[1]
+        err = process.communicate(timeout=300)[1]
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGTERM)  # torch's launcher is among them, and ends what it has started
         pytest.fail(f"the processes hang: {process.communicate()[1]}")

@@ -87,7 +87,7 @@ def test_ctrl_c_saves_and_says_the_command_that_goes_on(command: list[str], unbr
     process = start(command)
     wait_for_step(process, 5)
     process.send_signal(signal.SIGINT)
-    err = process.communicate(timeout=120)[1]
+    err = process.communicate(timeout=300)[1]
     assert process.returncode == 130, err
     assert "stopping after this step; press Ctrl-C again to stop at once without saving" in err
     said = re.search(

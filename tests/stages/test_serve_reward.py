@@ -162,7 +162,7 @@ def test_the_command_serves_and_ends_cleanly(judge: Path, scorer: RewardScorer, 
         status, answer = post(url, {"prompts": ["a film?"], "responses": ["good"]})
         assert (status, len(answer["scores"])) == (200, 1)
         process.send_signal(end)
-        _, rest = process.communicate(timeout=30)
+        _, rest = process.communicate(timeout=300)
         assert process.returncode == 0
         assert rest.endswith("ended after 1 answers\n")
     finally:
