@@ -92,6 +92,8 @@ class Optimisation:
                     total += loss.detach()
                     # Processes' gradients are averaged; our losses are parts of one sum.
                     accelerator.backward(loss * accelerator.num_processes)
+                    # What is left of its graph lies between the places of what it kept: the next pass would find holes.
+                    del loss
         norm = self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=not self._keeps_gradients)

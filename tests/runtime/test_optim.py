@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,3 +118,38 @@ def test_gradients_and_states_are_there_before_the_first_pass(
 
     update.step(batches(), loss_of, batches()[0])
     assert seen == [True] * 3
+
+
+class Part:
+    """Of a graph; what refers to it weakly does not hold it."""
+
+
+class Traced(torch.autograd.Function):
+    """The same number, with a part of the graph that can be followed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parts: list[weakref.ref[Part]]) -> Tensor:
+        ctx.part = Part()
+        parts.append(weakref.ref(ctx.part))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def test_nothing_of_a_pass_is_left_when_the_next_begins(
+    tiny_model: Path, settings: Callable[..., dict[str, Any]], sft_file: Path
+) -> None:
+    """The nodes of a graph are small and lie between its activations, where those of the next pass should go."""
+    update = update_of(begun(tiny_model, settings, sft_file), tiny_model)
+    parts: list[weakref.ref[Part]] = []
+    left: list[int] = []
+
+    def loss_of(micro: TokenBatch) -> Tensor:
+        left.append(sum(part() is not None for part in parts))
+        return Traced.apply(-update.module(micro).logprobs.sum() / 50, parts)
+
+    update.step(batches(), loss_of, batches()[0])
+    assert len(parts) == 3
+    assert left == [0, 0, 0]
