@@ -129,6 +129,61 @@ def test_a_quantised_base_takes_its_bytes(settings: Callable[..., Any], model: P
     assert kept == pytest.approx(memory.SPARE * kept_by(module, config, rows), rel=0.25)
 
 
+# The model of these tests, by hand: embedding, and in each of 2 layers q, k, v, o (4 heads of 16, 2 of them with keys
+# and values), gate, up, down, and two norms.
+EMBEDDING, LINEAR, NORMS = 384 * 64, 2 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128), 2 * 2 * 64 + 64
+WEIGHTS = EMBEDDING + LINEAR + NORMS
+# A pair of LoRA matrices of rank 4 beside each of the linear layers.
+ADAPTER = 2 * 4 * ((64 + 64) + 2 * (64 + 32) + (64 + 64) + 3 * (64 + 128))
+HEAD = 64 + 1  # the value function's
+CACHE = 2 * 2 * 2 * 16  # numbers per token: keys and values, of 2 layers and 2 heads of 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "held", "trained", "beside", "size"),
+    [
+        ({}, 4 * WEIGHTS, WEIGHTS + HEAD, ("the reference, a copy", 4 * WEIGHTS), 4),
+        (BF16, 4 * WEIGHTS, WEIGHTS + HEAD, ("the reference, a copy", 2 * LINEAR + 4 * (EMBEDDING + NORMS)), 2),
+        ({"ppo__value_model": "separate"}, 4 * WEIGHTS, 2 * WEIGHTS + HEAD, ("the value model", 4 * WEIGHTS), 4),
+        ({"lora__rank": 4, **BF16}, 2 * WEIGHTS + 4 * ADAPTER, ADAPTER + HEAD, None, 2),
+        (
+            {"lora__rank": 4, "ppo__value_model": "adapter", **BF16},
+            2 * WEIGHTS + 4 * ADAPTER,
+            2 * ADAPTER + HEAD,
+            ("the value adapter", 4 * ADAPTER),
+            2,
+        ),
+        (
+            {"lora__rank": 4, "model__quantize": "4bit", **BF16},
+            0.52 * LINEAR + 4 * (EMBEDDING + NORMS) + 4 * ADAPTER,
+            ADAPTER + HEAD,
+            None,
+            2,
+        ),
+    ],
+    ids=("full", "full-bf16", "separate", "lora", "value-adapter", "4bit"),
+)
+def test_bytes_by_hand(
+    settings: Callable[..., Any], model: Path, prompts_file: Path, changes: Any, held: float, trained: int,
+    beside: tuple[str, float] | None, size: int,
+) -> None:  # fmt: skip
+    (model.parent / "r.py").write_text("def f(prompts, responses):\n    return [0.0] * len(responses)\n")
+    more = {"model__path": str(model), "data__train": [str(prompts_file)], "ppo__max_new_tokens": 8, **changes}
+    more |= {"ppo__reward": [f"{model.parent}/r.py:f"], "ppo__episodes": 16}
+    found, rows, *_ = planned(load_config(PpoConfig, flags=settings("run", **more)))
+    weights = {name: bytes_ for name, bytes_ in found.held.items() if name.startswith("weights of ")}
+    assert next(iter(weights.values())) == pytest.approx(held)
+    if beside is not None:
+        assert weights[f"weights of {beside[0]}"] == beside[1]
+    assert found.held["states of the optimiser (adamw)"] == 2 * 4 * trained  # two moments in float32
+    assert found.held[f"gradients ({trained / 1e6:,.1f} million train)"] == 4 * trained
+    longest = max(len(row.prompt) for row in rows)
+    assert found.rollout["keys and values of 16 answers"] == 16 * (longest + 8) * CACHE * size
+    assert found.rollout["drawing tokens"] == 16 * 384 * memory.DRAWING
+    # What is kept and what passes add up; the two phases of a step follow each other, and nothing counts twice.
+    assert found.total == sum(found.held.values()) + max(sum(found.rollout.values()), sum(found.update.values()))
+
+
 def test_what_fits_is_what_fills_the_memory(settings: Callable[..., Any], model: Path, sft_file: Path) -> None:
     more = {"model__path": str(model), "data__train": [str(sft_file)], "optim__batch_size": 12}
     config = load_config(SftConfig, flags=settings("run", **more))
