@@ -213,6 +213,15 @@ class ChatEncoder:
         """Ids of plain text; strings that look like control tokens stay text."""
         return self._encode_free(text, spaced=True)
 
+    @cached_property
+    def text_bos(self) -> int | None:
+        """What the tokenizer of its own accord puts in front of a text: its bos, or nothing.
+
+        Not whatever it calls bos: some name the token that opens a chat turn so, and never write it in front of text.
+        """
+        ids = list(self.tokenizer("a")["input_ids"])
+        return ids[0] if ids and ids[0] == self.tokenizer.bos_token_id else None
+
     @property
     def control_ids(self) -> frozenset[int]:
         """Ids of the control tokens. In what is encoded they come from the template alone."""

@@ -22,7 +22,7 @@ from rlhfkit.data.batch import TokenRow
 from rlhfkit.data.parse import Stage
 from rlhfkit.data.records import REASONS_KEPT, LabelledRecord, PreferenceRecord, Record, SftRecord, Tally
 from rlhfkit.data.sources import SourceReport
-from rlhfkit.data.tokenize import TokenReport, labelled_row, pair_row, prompt_row, sft_row
+from rlhfkit.data.tokenize import TokenReport, labelled_row, pair_row, prompt_row, sft_rows
 from rlhfkit.errors import TemplateError
 
 UNCUT = 2**31  # a limit that no row reaches
@@ -91,6 +91,13 @@ FINDINGS = (
         stages=("sft", "rm", "kto"),
     ),
     Finding(
+        "split_texts",
+        "split into pieces",
+        "Texts longer than --max-length: all of their tokens are learned, but no piece sees the one before.",
+        hurts=False,
+        stages=("sft",),
+    ),
+    Finding(
         "without_eos",
         "no end of turn",
         "The answer's end-of-turn token is lost: sft learns answers that do not stop, rm scores half an answer.",
@@ -119,14 +126,15 @@ class SeenRow:
 
     Args:
         where: its place, as ``file:line``.
-        sequences: what goes into the model, after any cut: the conversation (sft), the prompt with each of its answers,
-            best first (rm) or with a label each (kto), or the prompt (ppo). ``supervised`` marks what is learned, in
-            rm and kto the answers. Of a row that the stage will not use, the whole, of which nothing is learned; none
-            if the template refuses it.
-        length: tokens of the longest sequence before any cut; 0 if there is none.
+        sequences: what goes into the model, after any cut: the conversation or the pieces of a text (sft), the prompt
+            with each of its answers, best first (rm) or with a label each (kto), or the prompt (ppo). ``supervised``
+            marks what is learned, in rm and kto the answers. Of a row that the stage will not use, the whole, of which
+            nothing is learned; none if the template refuses it.
+        length: tokens of the longest sequence before any cut, of a text before it is split; 0 if there is none.
         unused: the key of the finding that keeps the row out of training, or empty.
         reason: the same in words.
         labels: kto: of each sequence, whether its answer is desirable.
+        split: whether the sequences are pieces of one text.
     """
 
     where: str
@@ -135,11 +143,12 @@ class SeenRow:
     unused: str = ""
     reason: str = ""
     labels: tuple[bool, ...] = ()
+    split: bool = False
 
     @property
     def cut(self) -> int:
         """How many tokens of the longest sequence are lost."""
-        return self.length - max(map(len, self.sequences)) if self.sequences else 0
+        return self.length - max(map(len, self.sequences)) if self.sequences and not self.split else 0
 
 
 def see_row(record: Record, encoder: ChatEncoder, limit: int) -> SeenRow:
@@ -158,7 +167,8 @@ def see_row(record: Record, encoder: ChatEncoder, limit: int) -> SeenRow:
     sequences = _sequences(record, encoder, limit) if length > limit else whole
     if sequences:
         labels = record.labels if isinstance(record, LabelledRecord) else ()
-        return SeenRow(record.where, sequences, length, labels=labels)
+        split = isinstance(record, SftRecord) and len(sequences) > 1
+        return SeenRow(record.where, sequences, length, labels=labels, split=split)
     whole = tuple(_read_only(sequence.ids) for sequence in whole)
     if isinstance(record, SftRecord):
         return SeenRow(record.where, whole, length, "nothing_to_learn", f"nothing to learn within {limit} tokens")
@@ -169,8 +179,7 @@ def _sequences(record: Record, encoder: ChatEncoder, limit: int) -> tuple[TokenR
     """What goes into the model; nothing of a row that is left out."""
     counted = TokenReport()
     if isinstance(record, SftRecord):
-        row = sft_row(record, encoder, limit, counted)
-        return () if row is None else (row,)
+        return tuple(sft_rows(record, encoder, limit, counted))
     if isinstance(record, (PreferenceRecord, LabelledRecord)):
         answered: Any = labelled_row if isinstance(record, LabelledRecord) else pair_row
         row = answered(record, encoder, limit, counted)
@@ -276,6 +285,8 @@ class Audit:
         self._lengths.append(row.length)
         if row.cut or (row.unused == "nothing_to_learn" and row.length > self.limit):
             self.found["truncated"].add(where)
+        if row.split:
+            self.found["split_texts"].add(where)
         if row.unused:
             self.found[row.unused].add(where)
             return
@@ -284,16 +295,17 @@ class Audit:
         if any(_stand_together(sequence, bos) for sequence in row.sequences):
             self.found["double_bos"].add(where)
         if isinstance(record, SftRecord):
-            (sequence,) = row.sequences
-            source.supervised_tokens += sequence.targets
             self.assistant_turns += len(answers)
-            self.turn_ends += int(np.count_nonzero(sequence.ids[sequence.supervised] == encoder.turn_end_id))
+            for sequence in row.sequences:
+                source.supervised_tokens += sequence.targets
+                self.turn_ends += int(np.count_nonzero(sequence.ids[sequence.supervised] == encoder.turn_end_id))
         if isinstance(record, LabelledRecord):
             self.desirable += sum(record.labels)
             self.undesirable += len(record.labels) - sum(record.labels)
         if not isinstance(record, SftRecord) and _some_equal(row.sequences):
             self.found["chosen_equals_rejected"].add(where)
-        if any(sequence.supervised.any() and not _ends(sequence, encoder) for sequence in row.sequences):
+        last = row.sequences[-1:] if row.split else row.sequences
+        if any(sequence.supervised.any() and not _ends(sequence, encoder) for sequence in last):
             self.found["without_eos"].add(where)
 
     def finish(self, places: Callable[[set[int]], Mapping[int, str]]) -> None:

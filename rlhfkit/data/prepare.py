@@ -18,7 +18,7 @@ from rlhfkit.data.parse import Stage
 from rlhfkit.data.rows import RawRow
 from rlhfkit.data.sources import OnBad, Place, SourceReport, parse_items, refuse_unusable
 from rlhfkit.data.store import Made, Store, stored, temporary, to_arrow
-from rlhfkit.data.tokenize import PromptRow, TokenReport, make_row
+from rlhfkit.data.tokenize import PromptRow, TokenReport, make_rows
 from rlhfkit.data.workers import in_order
 from rlhfkit.errors import DataError
 
@@ -52,8 +52,8 @@ class Recipe:
         """The token rows of a stretch of the source ``name``, and what became of its rows."""
         source, tokens = SourceReport(name), TokenReport()
         records = parse_items(stretch, self.stage, self.on_bad_row, source)
-        made = (make_row(self.stage, record, self.encoder, self.limit, tokens) for record in records)
-        return [row for row in made if row is not None], source, tokens
+        made = [row for record in records for row in make_rows(self.stage, record, self.encoder, self.limit, tokens)]
+        return made, source, tokens
 
     def key(self, name: str, content: str) -> str:
         """Of all that the rows of a source of this content depend on; its name stands in what is told of them."""

@@ -24,6 +24,8 @@ class TokenReport:
     tokens: int = 0
     supervised: int = 0
     truncated: int = 0
+    split: int = 0  # texts that were longer than the limit
+    pieces: int = 0  # what they were split into
     left_out: dict[str, Tally] = field(default_factory=dict)  # by reason
 
     def leave_out(self, reason: str, where: str) -> None:
@@ -35,6 +37,8 @@ class TokenReport:
         self.tokens += other.tokens
         self.supervised += other.supervised
         self.truncated += other.truncated
+        self.split += other.split
+        self.pieces += other.pieces
         for reason, tally in other.left_out.items():
             self.left_out.setdefault(reason, Tally()).extend(tally)
 
@@ -43,6 +47,11 @@ class TokenReport:
         lines = []
         if self.truncated:
             lines.append(f"{self.truncated} of {self.rows} rows were longer than --max-length and were cut")
+        if self.split:
+            lines.append(
+                f"{self.split} of {self.rows} rows were plain text longer than --max-length and were split into "
+                f"{self.pieces} pieces"
+            )
         for reason, tally in self.left_out.items():
             lines.append(f"{tally.count} of {self.rows} rows left out: {reason} (first: {tally.first[0]})")
         return lines
@@ -74,33 +83,47 @@ class PromptRow:
     record: PromptRecord
 
 
-def sft_row(record: SftRecord, encoder: ChatEncoder, max_length: int, report: TokenReport) -> TokenRow | None:
-    """A row for supervised fine-tuning, counted in ``report``.
+def sft_rows(record: SftRecord, encoder: ChatEncoder, max_length: int, report: TokenReport) -> list[TokenRow]:
+    """The rows of a record for supervised fine-tuning, counted in ``report``.
 
-    One longer than ``max_length`` keeps its beginning: the end of the last answer, and so its turn end, is lost. A row
-    with no supervised token left is None.
+    A text longer than ``max_length`` is split. A conversation is one row: a longer one keeps its beginning, so that the
+    end of the last answer, and with it its turn end, is lost. One with no supervised token left gives no row.
     """
-    tokenizer = encoder.tokenizer
+    report.rows += 1
     if record.text is not None:
-        # Plain text: every token is learned, and that the text ends. Only a bos gives the first token a context.
-        ids = [*encoder.encode_text(record.text), tokenizer.eos_token_id]
-        if tokenizer.bos_token_id is not None and tokenizer.bos_token_id != tokenizer.eos_token_id:
-            ids = [tokenizer.bos_token_id, *ids]
-        supervised = [True] * len(ids)
+        rows = _text_pieces(record.text, encoder, max_length)
+        if len(rows) > 1:
+            report.split += 1
+            report.pieces += len(rows)
     else:
         encoded = encoder.encode(record.messages)
-        ids, supervised = encoded.ids, encoded.supervised
-    report.rows += 1
-    if len(ids) > max_length:
-        report.truncated += 1
-        ids, supervised = ids[:max_length], supervised[:max_length]
-    row = token_row(ids, supervised)
-    if row.targets == 0:
+        report.truncated += len(encoded.ids) > max_length
+        rows = [token_row(encoded.ids[:max_length], encoded.supervised[:max_length])]
+    rows = [row for row in rows if row.targets]
+    if not rows:
         report.leave_out("nothing to learn within --max-length", record.where)
-        return None
-    report.tokens += len(row)
-    report.supervised += row.targets
-    return row
+    report.tokens += sum(map(len, rows))
+    report.supervised += sum(row.targets for row in rows)
+    return rows
+
+
+def _text_pieces(text: str, encoder: ChatEncoder, max_length: int) -> list[TokenRow]:
+    """Plain text in rows of at most ``max_length`` tokens: every token is learned once, and that the text ends.
+
+    Each piece begins as the model has always seen texts begin, with a bos if the tokenizer writes one. A later piece
+    repeats the last token of the one before, which is not learned again: without it, the first token to learn would
+    have nothing in front, or a bos after which texts do not go on in the middle.
+    """
+    bos = [] if encoder.text_bos is None else [encoder.text_bos]
+    ids = [*encoder.encode_text(text), encoder.tokenizer.eos_token_id]
+    pieces: list[TokenRow] = []
+    start = 0
+    while start < len(ids):
+        context = [*bos, *ids[max(0, start - 1) : start]]
+        learned = ids[start : start + max(1, max_length - len(context))]
+        pieces.append(token_row([*context, *learned], [False] * len(context) + [True] * len(learned)))
+        start += len(learned)
+    return pieces
 
 
 def pair_row(record: PreferenceRecord, encoder: ChatEncoder, max_length: int, report: TokenReport) -> PairRow:
@@ -156,7 +179,6 @@ def prompt_row(record: PromptRecord, encoder: ChatEncoder, max_length: int, repo
 
 _MakeRow = Callable[[Any, ChatEncoder, int, TokenReport], Any]
 _ROW_OF: dict[Stage, _MakeRow] = {
-    "sft": sft_row,
     "rm": pair_row,
     "kto": labelled_row,
     "score": pair_row,
@@ -164,14 +186,17 @@ _ROW_OF: dict[Stage, _MakeRow] = {
 }
 
 
-def make_row(stage: Stage, record: Any, encoder: ChatEncoder, max_length: int, report: TokenReport) -> Any:
-    """The row of a record as its stage uses it, None if it is left out.
+def make_rows(stage: Stage, record: Any, encoder: ChatEncoder, max_length: int, report: TokenReport) -> list[Any]:
+    """The rows of a record as its stage uses it: none if it is left out, several of a long text, else one.
 
     Raises:
         TemplateError: the template refuses the conversation; names the row.
     """
     try:
-        return _ROW_OF[stage](record, encoder, max_length, report)
+        if stage == "sft":
+            return list(sft_rows(record, encoder, max_length, report))
+        row = _ROW_OF[stage](record, encoder, max_length, report)
+        return [] if row is None else [row]
     except TemplateError as error:
         raise TemplateError(f"{record.where}: {error.message}", hint=error.hint) from None
 
@@ -179,7 +204,7 @@ def make_row(stage: Stage, record: Any, encoder: ChatEncoder, max_length: int, r
 def tokenize_sft(
     records: Iterable[SftRecord], encoder: ChatEncoder, max_length: int, tick: Callable[[], None] = lambda: None
 ) -> tuple[list[TokenRow], TokenReport]:
-    """Rows of `sft_row`.
+    """Rows of `sft_rows`.
 
     Raises:
         DataError: no row is left.
@@ -215,9 +240,7 @@ def _tokenize(
     report, rows = TokenReport(), []
     for record in records:
         tick()
-        row = make_row(stage, record, encoder, max_length, report)
-        if row is not None:
-            rows.append(row)
+        rows += make_rows(stage, record, encoder, max_length, report)
     refuse_none(len(rows), report)
     return rows, report
 

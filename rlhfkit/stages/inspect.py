@@ -230,6 +230,8 @@ def row_panel(row: SeenRow, encoder: ChatEncoder, kind: str, *, plain: bool) -> 
             name, colour = _answer_name(index, len(row.sequences)), "red" if index else "green"
         elif row.labels:
             name, colour = (mark("desirable"), "green") if row.labels[index] else (mark("undesirable"), "red")
+        elif row.split:
+            name = f"piece {index + 1} of {len(row.sequences)}"
         if name:
             parts.append(shown(name, style="bold underline"))
         parts.append(_coloured(stretches(sequence, encoder), colour, plain=plain))

@@ -335,7 +335,7 @@ def test_what_is_shown(cli: Any) -> None:
         "8 ends of turn are learned, in 9 assistant turns",
         "good.jsonl ×2",
         "special-token strings in answers",
-        "no row: refused by the template, double BOS",
+        "no row: refused by the template, split into pieces, double BOS",
         "Would hurt training: cannot be used, empty answer, nothing to learn, truncated, no end of turn, special-token",
     ):
         assert words in shown

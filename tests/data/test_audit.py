@@ -90,11 +90,23 @@ def test_good_rows_have_no_finding(encoder: ChatEncoder) -> None:
 
 
 def test_a_cut_answer_loses_its_end(encoder: ChatEncoder) -> None:
-    rows = [sft("fits", "Why?", "x" * 10), sft("cut", "Why?", "x" * 11), SftRecord("text", text="y" * 60)]
+    rows = [sft("fits", "Why?", "x" * 10), sft("cut", "Why?", "x" * 11), SftRecord("text", text="y" * 16)]
     limit = len(see_row(rows[0], encoder, LONG).sequences[0])
     made = audit(encoder, rows, limit=limit)
-    assert found(made) == {"truncated": (2, ["cut", "text"]), "without_eos": (2, ["cut", "text"])}
-    assert (made.turn_ends, made.assistant_turns) == (1, 3)
+    assert found(made) == {"truncated": (1, ["cut"]), "without_eos": (1, ["cut"])}
+    assert (made.turn_ends, made.assistant_turns) == (2, 3)
+
+
+def test_a_long_text_is_split_not_cut(encoder: ChatEncoder) -> None:
+    text = SftRecord("text", text="y" * 60)
+    made = audit(encoder, [text], limit=24)
+    assert found(made) == {"split_texts": (1, ["text"])}
+    assert made.hurting() == []
+    assert (made.supervised_tokens, made.turn_ends, made.assistant_turns) == (60, 1, 1)
+    _, report = tokenize_sft([text], encoder, 24)
+    assert (made.tokens, made.supervised_tokens) == (report.tokens, report.supervised)
+    row = see_row(text, encoder, 24)
+    assert ([len(piece) for piece in row.sequences], row.length, row.cut) == ([24, 24, 15], 61, 0)
 
 
 def test_an_earlier_end_does_not_stand_for_the_last(encoder: ChatEncoder) -> None:

@@ -195,12 +195,12 @@ def test_a_row_that_the_template_refuses_is_named(processes: bool) -> None:
 
 def test_a_worker_that_is_killed_is_told(encoder: ChatEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-    first, row = os.getpid(), prepare.make_row
+    first, row = os.getpid(), prepare.make_rows
 
     def die(*given: Any) -> Any:
         return row(*given) if os.getpid() == first else os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(prepare, "make_row", die)
+    monkeypatch.setattr(prepare, "make_rows", die)
     with pytest.raises(DataError, match="was killed, most likely for want of memory"):
         make(save("a.jsonl", sft_rows()), encoder)
 
@@ -211,7 +211,7 @@ def test_a_worker_that_is_killed_is_told(encoder: ChatEncoder, monkeypatch: pyte
 def test_rows_are_found_again(encoder: ChatEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     name = save("a.jsonl", sft_rows())
     made = make(name, encoder, limit=60)
-    monkeypatch.setattr(prepare, "make_row", None)  # calling it would now fail
+    monkeypatch.setattr(prepare, "make_rows", None)  # calling it would now fail
     again = make(name, encoder, limit=60)
     assert (made.cached, again.cached) == (False, True)
     assert all(map(same, again, made))
@@ -347,12 +347,12 @@ from rlhfkit.data.sources import locate
 from rlhfkit.families.conformance import byte_tokenizer
 from rlhfkit.runtime.screen import Screen
 os.sched_getaffinity = lambda _: {0, 1}
-first, row = os.getpid(), prepare.make_row
+first, row = os.getpid(), prepare.make_rows
 def slow(*given):
     if os.getpid() != first:
         time.sleep(0.002)  # twenty seconds in all, and one for the stretch that a process has begun
     return row(*given)
-prepare.make_row = slow
+prepare.make_rows = slow
 encoder = ChatEncoder(byte_tokenizer(("<|im_start|>", "<|im_end|>"), eos="<|im_end|>"), load_template("chatml"))
 recipe = prepare.Recipe("sft", encoder, 64, "error")
 prepare.prepare_rows("a.jsonl", locate("a.jsonl"), recipe, partial(Screen().counting, "rows"), print)

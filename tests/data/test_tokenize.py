@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from rlhfkit.chat.messages import Message
 from rlhfkit.chat.template import ChatEncoder, load_template
@@ -125,11 +126,26 @@ def test_plain_text_learns_all_of_it_and_its_end(encoder: ChatEncoder) -> None:
     assert (report.tokens, report.supervised) == (16, 15)
 
 
+def with_bos() -> ChatEncoder:
+    """Of a tokenizer that begins every text with its bos."""
+    tokenizer = byte_tokenizer((*SPECIALS, "<s>"), bos="<s>", eos="<|im_end|>")
+    number = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", number)])
+    return ChatEncoder(tokenizer, load_template("chatml"))
+
+
 def test_plain_text_begins_with_the_bos() -> None:
-    encoder = ChatEncoder(byte_tokenizer((*SPECIALS, "<s>"), bos="<s>", eos="<|im_end|>"), load_template("chatml"))
+    encoder = with_bos()
     rows, report = tokenize_sft([SftRecord("t.jsonl:1", text="once")], encoder, 64)
     assert text(encoder, rows[0].ids) == "<s>once<|im_end|>"
     assert report.supervised == 5
+
+
+def test_a_bos_that_the_tokenizer_never_writes_does_not_open_a_text() -> None:
+    """SmolLM2's bos is the token that opens a chat turn."""
+    tokenizer = byte_tokenizer(SPECIALS, bos="<|im_start|>", eos="<|im_end|>")
+    rows, _ = tokenize_sft([SftRecord("t.jsonl:1", text="once")], ChatEncoder(tokenizer, load_template("chatml")), 64)
+    assert rows[0].ids[0] != tokenizer.bos_token_id
 
 
 def test_a_bos_that_is_the_eos_does_not_open_a_text() -> None:
@@ -138,10 +154,39 @@ def test_a_bos_that_is_the_eos_does_not_open_a_text() -> None:
     assert text(encoder, rows[0].ids) == "once<|im_end|>"
 
 
-def test_long_text_keeps_its_beginning(encoder: ChatEncoder) -> None:
-    rows, report = tokenize_sft([SftRecord("t.jsonl:1", text="once upon")], encoder, 4)
-    assert text(encoder, rows[0].ids) == "once"
-    assert report.truncated == 1
+def test_long_text_is_split_and_all_of_it_is_learned(encoder: ChatEncoder) -> None:
+    long = SftRecord("t.jsonl:1", text="once upon a time")
+    rows, report = tokenize_sft([long, SftRecord("t.jsonl:2", text="brief")], encoder, 8)
+    assert [text(encoder, row.ids) for row in rows] == ["once upo", "on a tim", "me<|im_end|>", "brief<|im_end|>"]
+    # What a piece repeats of the one before is not learned again.
+    assert [learned(encoder, row) for row in rows] == ["once upo", "n a tim", "e<|im_end|>", "brief<|im_end|>"]
+    assert (report.rows, report.truncated, report.split, report.pieces) == (2, 0, 1, 3)
+    # All but each text's first letter, which has nothing in front to be predicted from.
+    assert report.supervised == sum(row.targets for row in rows) == len("once upon a time") + len("brief")
+    assert report.tokens == sum(map(len, rows))
+    assert report.sentences() == [
+        "1 of 2 rows were plain text longer than --max-length and were split into 3 pieces",
+    ]
+
+
+def test_every_piece_begins_with_the_bos() -> None:
+    encoder = with_bos()
+    rows, report = tokenize_sft([SftRecord("t.jsonl:1", text="once upon a time")], encoder, 8)
+    assert [text(encoder, row.ids) for row in rows] == ["<s>once up", "<s>pon a t", "<s>time<|im_end|>"]
+    assert "".join(learned(encoder, row) for row in rows) == "once upon a time<|im_end|>"
+    assert report.supervised == len("once upon a time") + 1
+
+
+@pytest.mark.parametrize("length", range(40))
+@pytest.mark.parametrize("bos", [False, True])
+def test_no_piece_is_too_long_and_no_token_is_lost(encoder: ChatEncoder, length: int, bos: bool) -> None:
+    encoder = with_bos() if bos else encoder
+    words = "".join(chr(65 + i) for i in range(length + 1))
+    rows, report = tokenize_sft([SftRecord("t.jsonl:1", text=words)], encoder, 8)
+    assert max(map(len, rows)) <= 8
+    assert "".join(learned(encoder, row) for row in rows) == words + "<|im_end|>"
+    assert report.supervised == len(words) + bos
+    assert (report.split, report.pieces) == ((1, len(rows)) if len(rows) > 1 else (0, 0))
 
 
 # -- pairs -------------------------------------------------------------------------------------------------------------
