@@ -26,6 +26,7 @@ from rlhfkit.data.tokenize import TokenReport, labelled_row, pair_row, prompt_ro
 from rlhfkit.errors import TemplateError
 
 UNCUT = 2**31  # a limit that no row reaches
+REFUSED = "refused_by_template"
 FIRST_BIN = 32  # tokens; each bin of the histogram is twice as wide as the one before
 QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99}
 
@@ -68,9 +69,9 @@ FINDINGS = (
         stages=("rm", "kto"),
     ),
     Finding(
-        "refused_by_template",
+        REFUSED,
         "refused by the template",
-        "Training stops at the first of them. Change the rows, or choose another --template.",
+        "They are among the rows that cannot be used. Change them, or choose another --template.",
     ),
     Finding(
         "nothing_to_learn",
@@ -162,7 +163,7 @@ def see_row(record: Record, encoder: ChatEncoder, limit: int) -> SeenRow:
     try:
         whole = _sequences(record, encoder, UNCUT)
     except TemplateError as error:
-        return SeenRow(record.where, (), 0, "refused_by_template", error.message)
+        return SeenRow(record.where, (), 0, REFUSED, error.message)
     length = max(map(len, whole), default=0)
     sequences = _sequences(record, encoder, limit) if length > limit else whole
     if sequences:
@@ -215,9 +216,9 @@ class Audit:
     Args:
         limit: as in `see_row`.
 
-    ``rows`` are those that could be read as rows of the stage; skipped ones are not among them. Tokens are counted
-    after any cut, of the rows that the stage will use: for rm and kto those of every answer with its prompt. There
-    nothing is learned token by token, so ``supervised_tokens`` stays 0.
+    ``rows`` are those that could be read as rows of the stage and that the template takes; others are skipped. Tokens
+    are counted after any cut, of the rows that the stage will use: for rm and kto those of every answer with its
+    prompt. There nothing is learned token by token, so ``supervised_tokens`` stays 0.
     """
 
     limit: int
@@ -269,10 +270,12 @@ class Audit:
         self._lengths.extend(part._lengths)
         self._hashes.extend(part._hashes)
 
-    def add(self, record: Record, encoder: ChatEncoder) -> None:
-        """Count one record of the source opened last."""
+    def add(self, record: Record, encoder: ChatEncoder) -> SeenRow:
+        """Count one record of the source opened last.
+
+        One that the template refuses is for the caller to count among those that cannot be used; see `skip`.
+        """
         source, where = self.sources[-1], record.where
-        source.rows += 1
         context, answers = _texts(record)
         self._hashes.append(_hash(context, answers))
         in_answers = any(map(encoder.has_control, answers))
@@ -282,6 +285,7 @@ class Audit:
             self.found["special_strings"].add(where)
 
         row = see_row(record, encoder, self.limit)
+        source.rows += row.unused != REFUSED
         self._lengths.append(row.length)
         if row.cut or (row.unused == "nothing_to_learn" and row.length > self.limit):
             self.found["truncated"].add(where)
@@ -289,7 +293,7 @@ class Audit:
             self.found["split_texts"].add(where)
         if row.unused:
             self.found[row.unused].add(where)
-            return
+            return row
         source.tokens += sum(map(len, row.sequences))
         bos = encoder.tokenizer.bos_token_id
         if any(_stand_together(sequence, bos) for sequence in row.sequences):
@@ -307,6 +311,7 @@ class Audit:
         last = row.sequences[-1:] if row.split else row.sequences
         if any(sequence.supervised.any() and not _ends(sequence, encoder) for sequence in last):
             self.found["without_eos"].add(where)
+        return row
 
     def finish(self, places: Callable[[set[int]], Mapping[int, str]]) -> None:
         """Count duplicates, once every record of all sources was added.

@@ -20,7 +20,7 @@ from rlhfkit.data.sources import OnBad, Place, SourceReport, parse_items, refuse
 from rlhfkit.data.store import Made, Store, stored, temporary, to_arrow
 from rlhfkit.data.tokenize import PromptRow, TokenReport, make_rows
 from rlhfkit.data.workers import in_order
-from rlhfkit.errors import DataError
+from rlhfkit.errors import DataError, TemplateError
 
 R = TypeVar("R")
 
@@ -52,7 +52,14 @@ class Recipe:
         """The token rows of a stretch of the source ``name``, and what became of its rows."""
         source, tokens = SourceReport(name), TokenReport()
         records = parse_items(stretch, self.stage, self.on_bad_row, source)
-        made = [row for record in records for row in make_rows(self.stage, record, self.encoder, self.limit, tokens)]
+        made: list[Any] = []
+        for record in records:
+            try:
+                made += make_rows(self.stage, record, self.encoder, self.limit, tokens)
+            except TemplateError as error:
+                if self.on_bad_row == "error":
+                    raise
+                source.refuse(error.message)
         return made, source, tokens
 
     def key(self, name: str, content: str) -> str:

@@ -67,6 +67,11 @@ class SourceReport:
         if (kind := fault_kind(reason)) != "other":
             (self.empty_answers if kind == "empty answer" else self.equal_answers).add(fault_place(reason))
 
+    def refuse(self, reason: str) -> None:
+        """Count the row kept last as skipped after all."""
+        self.rows_kept -= 1
+        self.skip(reason)
+
     def extend(self, other: SourceReport) -> None:
         """Count the rows of another report, which come after these."""
         self.rows_kept += other.rows_kept

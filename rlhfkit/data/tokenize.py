@@ -89,7 +89,6 @@ def sft_rows(record: SftRecord, encoder: ChatEncoder, max_length: int, report: T
     A text longer than ``max_length`` is split. A conversation is one row: a longer one keeps its beginning, so that the
     end of the last answer, and with it its turn end, is lost. One with no supervised token left gives no row.
     """
-    report.rows += 1
     if record.text is not None:
         rows = _text_pieces(record.text, encoder, max_length)
         if len(rows) > 1:
@@ -99,6 +98,7 @@ def sft_rows(record: SftRecord, encoder: ChatEncoder, max_length: int, report: T
         encoded = encoder.encode(record.messages)
         report.truncated += len(encoded.ids) > max_length
         rows = [token_row(encoded.ids[:max_length], encoded.supervised[:max_length])]
+    report.rows += 1
     rows = [row for row in rows if row.targets]
     if not rows:
         report.leave_out("nothing to learn within --max-length", record.where)
@@ -198,7 +198,8 @@ def make_rows(stage: Stage, record: Any, encoder: ChatEncoder, max_length: int, 
         row = _ROW_OF[stage](record, encoder, max_length, report)
         return [] if row is None else [row]
     except TemplateError as error:
-        raise TemplateError(f"{record.where}: {error.message}", hint=error.hint) from None
+        hint = f"{error.hint}; or leave such rows out with --on-bad-row skip"
+        raise TemplateError(f"{record.where}: {error.message}", hint=hint) from None
 
 
 def tokenize_sft(

@@ -16,7 +16,7 @@ from rlhfkit.data.prepare import Recipe, prepare_prompts, prepare_rows
 from rlhfkit.data.records import SftRecord
 from rlhfkit.data.sources import Place, SourceReport, locate, mix, parse_items, parse_source
 from rlhfkit.data.tokenize import TokenReport, refuse_none
-from rlhfkit.errors import ConfigError, DataError
+from rlhfkit.errors import ConfigError, DataError, TemplateError
 from rlhfkit.models.folder import ModelSource, open_model
 from rlhfkit.models.kernels import refuse_kernels
 from rlhfkit.models.load import LoadedModel, Task, TextSide, load_model, load_text_side, parameter_counts
@@ -120,8 +120,8 @@ def write_answers(run: Run, model: Any, text: TextSide, prompts: Sequence[Conver
     """Write a few greedy answers to held-out prompts into samples.jsonl; the main process alone, so not if sharded."""
     if run.sharded or not run.is_main:
         return
-    candidates = ((prompt, text.encoder.encode_prompt(prompt)) for prompt in prompts)
-    fitting = list(islice((c for c in candidates if len(c[1]) + SAMPLE_TOKENS <= max_length), SAMPLES))
+    candidates = ((prompt, _prompt_ids(prompt, text)) for prompt in prompts)
+    fitting = list(islice((c for c in candidates if 0 < len(c[1]) <= max_length - SAMPLE_TOKENS), SAMPLES))
     if not fitting:
         return
     settings = SamplingSettings(
@@ -145,6 +145,14 @@ def write_answers(run: Run, model: Any, text: TextSide, prompts: Sequence[Conver
             for (prompt, _), a in zip(fitting, answers, strict=True)
         ]
     )
+
+
+def _prompt_ids(prompt: Conversation, text: TextSide) -> list[int]:
+    """A prompt's ids, none if the template refuses it: its row was skipped."""
+    try:
+        return text.encoder.encode_prompt(prompt)
+    except TemplateError:
+        return []
 
 
 def _places(specs: Sequence[str]) -> list[tuple[str, Place]]:

@@ -22,13 +22,13 @@ from rich.text import Text
 
 from rlhfkit.chat.template import ChatEncoder
 from rlhfkit.config.stages import StageConfig
-from rlhfkit.data.audit import FINDINGS, Audit, Finding, SeenRow, dump_record, see_row
+from rlhfkit.data.audit import FINDINGS, REFUSED, Audit, Finding, SeenRow, dump_record, see_row
 from rlhfkit.data.batch import TokenRow
 from rlhfkit.data.parse import Stage
 from rlhfkit.data.prepare import Stretch, work_through
 from rlhfkit.data.records import Record
 from rlhfkit.data.sources import Place, SourceReport, locate, parse_items, parse_source, refuse_unusable
-from rlhfkit.errors import ConfigError, DataError
+from rlhfkit.errors import ConfigError, DataError, TemplateError
 from rlhfkit.models.folder import open_model
 from rlhfkit.models.load import TextSide
 from rlhfkit.runtime.screen import Screen, quiet_libraries
@@ -71,6 +71,7 @@ def run(config: StageConfig, *, detected: bool, rows: int, as_json: bool, dump: 
 
     audit = Audit(limit)
     reports = []
+    dumped = 0
     with _lines_to(dump) as write:
         for source, place in zip(sources, places, strict=True):
             audit.start(source.name, source.weight)
@@ -81,6 +82,7 @@ def run(config: StageConfig, *, detected: bool, rows: int, as_json: bool, dump: 
                 audit.extend(part)
                 report.extend(read)
                 write(lines)
+                dumped += len(lines)
             refuse_unusable(report, _kind(config))
             reports.append(report)
     audit.finish(lambda wanted: _wheres(chain.from_iterable(_records(places, config)), wanted))
@@ -97,7 +99,7 @@ def run(config: StageConfig, *, detected: bool, rows: int, as_json: bool, dump: 
         console.print(row_panel(row, text.encoder, config.row_kind, plain=_is_plain(console)))
     _show_counts(console, audit, reports, config)
     if dump is not None:
-        console.print(shown(f"{audit.rows:,} records are in {dump}"), soft_wrap=True)
+        console.print(shown(f"{dumped:,} records are in {dump}"), soft_wrap=True)
     return audit.hurting()
 
 
@@ -290,12 +292,17 @@ def _count(
     """What there is to say of a stretch of a source, and its lines of a dump."""
     part, report, lines = Audit(limit), SourceReport(""), []
     part.start("", 1.0)
-    records = list(parse_items(items, _kind(config), config.data.on_bad_row, report))
-    part.skip(report)
-    for record in records:
-        part.add(record, encoder)
+    for record in parse_items(items, _kind(config), config.data.on_bad_row, report):
+        row = part.add(record, encoder)
+        if row.unused == REFUSED:
+            if config.data.on_bad_row == "error":
+                raise TemplateError(
+                    f"{row.where}: {row.reason}", hint="change the row, or choose another format with --template"
+                )
+            report.refuse(f"{row.where}: {row.reason}")
         if dumped:
             lines.append(_line(record))
+    part.skip(report)
     return part, report, lines
 
 

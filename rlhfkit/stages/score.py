@@ -24,7 +24,7 @@ from rlhfkit.config.stages import ScoreConfig
 from rlhfkit.data.records import PreferenceRecord
 from rlhfkit.data.sources import load_records, parse_source
 from rlhfkit.data.tokenize import TokenReport, tokenize_pairs
-from rlhfkit.errors import ConfigError, NonFiniteError
+from rlhfkit.errors import ConfigError, DataError, NonFiniteError, TemplateError
 from rlhfkit.models.precision import DTYPES, current_device
 from rlhfkit.models.scoring import RewardScorer
 from rlhfkit.runtime.records import replace_text
@@ -83,6 +83,9 @@ def run(config: ScoreConfig) -> ScoreResult:
     )
     _say_model(screen, scorer, precision)
 
+    if config.on_bad_row == "skip":
+        records, refused = _without_refused(records, scorer, screen)
+        skipped += refused
     scores, report = score_records(scorer, records, screen)
     normalized = _normalized(scores, scorer.loaded.source.record)
     pairs = _pair_report(scores)
@@ -157,6 +160,32 @@ def _read(config: ScoreConfig, screen: Screen) -> tuple[list[PreferenceRecord], 
     ranked = sum(len(r.answers) > 1 for r in records)
     screen.line(f"{ranked:,} rows of ranked answers, {len(records) - ranked:,} of a single one")
     return records, sum(source.rows_skipped for source in report.sources)
+
+
+def _without_refused(
+    records: list[PreferenceRecord], scorer: RewardScorer, screen: Screen
+) -> tuple[list[PreferenceRecord], int]:
+    """The records that the model's template takes, and how many it refuses; the first of these is told.
+
+    Raises:
+        DataError: none is left.
+    """
+    kept: list[PreferenceRecord] = []
+    reasons: list[str] = []
+    for record in records:
+        try:
+            scorer.text.encoder.encode_pair(record.prompt, record.answers[0])
+        except TemplateError as error:
+            reasons.append(f"{record.where}: {error.message}")
+        else:
+            kept.append(record)
+    if not kept:
+        raise DataError(
+            f"no row is left to score; the first: {reasons[0]}", hint="change the rows, or use another reward model"
+        )
+    if reasons:
+        screen.line(f"{len(reasons):,} more skipped (first: {reasons[0]})")
+    return kept, len(reasons)
 
 
 def _refuse_output(config: ScoreConfig) -> None:

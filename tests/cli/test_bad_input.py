@@ -275,3 +275,18 @@ def test_the_hub_is_asked_where_hf_endpoint_says(workplace: Path) -> None:
     assert done.returncode == 1, done.stderr
     assert f"'owner/name' is no folder here, and {endpoint} did not give it" in done.stderr
     assert "/owner/name/resolve/main/config.json" in asked
+
+
+def test_rows_that_the_template_refuses_are_skipped_in_training_and_evaluation(cli: Any) -> None:
+    rows = [{"prompt": "a film?", "response": "good", "system": "be brief"}, {"prompt": "a film?", "response": "good"}]
+    write_jsonl(Path("train.jsonl"), rows)
+    write_jsonl(Path("eval.jsonl"), rows[::-1])
+    flags = "--model tiny --data train.jsonl --eval-data eval.jsonl --template baichuan --out run --max-length 128"
+    refused = cli("sft", *flags.split())
+    assert refused.code == 1
+    assert "train.jsonl:1: the template 'baichuan' refuses this conversation (system, user, assistant)" in refused.err
+    assert "--on-bad-row skip" in refused.err
+    done = cli("sft", *flags.split(), "--on-bad-row", "skip", "--max-steps", "1")
+    assert done.code == 0, done.err
+    assert "read train.jsonl: 1 rows, 1 skipped (first: train.jsonl:1: the template 'baichuan' refuses" in done.err
+    assert "read eval.jsonl: 1 rows, 1 skipped (first: eval.jsonl:2: the template 'baichuan' refuses" in done.err

@@ -222,6 +222,20 @@ def test_a_dump_is_whole_or_not_there(cli: Any) -> None:
     assert sorted(Path().iterdir()) == before
 
 
+def test_rows_that_the_template_refuses_are_among_the_skipped(cli: Any) -> None:
+    write_jsonl(Path("system.jsonl"), [*GOOD, {**GOOD[0], "system": "be brief"}, {"prompt": "a film?"}])
+    found = counts(cli, "system.jsonl", "--stage", "sft", "--template", "baichuan")
+    assert (found["rows"], found["skipped"], found["refused_by_template"]) == (3, 2, 1)
+    assert [reason.split(": ")[0] for reason in found["examples"]["skipped"]] == ["system.jsonl:4", "system.jsonl:5"]
+    outcome = inspect(cli, "system.jsonl", "--stage", "sft", "--template", "baichuan", "--dump", "dump.jsonl")
+    assert "skipped system.jsonl:4: the template 'baichuan' refuses this conversation" in outcome.out
+    assert "4 records are in dump.jsonl" in outcome.out
+    write_jsonl(Path("system.jsonl"), [{**GOOD[0], "system": "be brief"}, *GOOD])
+    outcome = inspect(cli, "system.jsonl", "--template", "baichuan", "--on-bad-row", "error")
+    assert outcome.code == 1
+    assert "system.jsonl:1: the template 'baichuan' refuses this conversation" in outcome.err
+
+
 def test_columns_beyond_json_become_text(cli: Any) -> None:
     import datetime
 

@@ -190,7 +190,7 @@ def test_rows_that_the_template_refuses() -> None:
     rows = [SftRecord("1", chat("q", "a", system="s")), sft("2", "q", "a")]
     made = audit(own_template(NO_SYSTEM), rows)
     assert found(made) == {"refused_by_template": (1, ["1"])}
-    assert (made.rows, made.turn_ends) == (2, 1)
+    assert (made.rows, made.turn_ends) == (1, 1)
     assert "no system turn here" in see_row(rows[0], own_template(NO_SYSTEM), LONG).reason
 
 

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -181,16 +182,57 @@ def test_the_first_fault_in_the_file_is_the_one_told(
     assert not list(cache_folder().rglob("*.arrow"))
 
 
-def test_a_row_that_the_template_refuses_is_named(processes: bool) -> None:
+def without_system() -> ChatEncoder:
+    """With a template that refuses system turns."""
     source = (
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turn here') }}{% endif %}"
         "[{{ m.content }}]{{ eos_token }}{% endfor %}"
     )
-    encoder = ChatEncoder(byte_tokenizer(SPECIALS, eos="<|im_end|>"), Template("own", source))
-    rows = [{"prompt": "q", "response": "a"} for _ in range(40)]
-    rows[35]["system"] = "s"
-    with pytest.raises(TemplateError, match=r"^a\.jsonl:36: the template 'own' refuses .*no system turn here"):
-        make(save("a.jsonl", rows), encoder)
+    return ChatEncoder(byte_tokenizer(SPECIALS, eos="<|im_end|>"), Template("own", source))
+
+
+REFUSED = {  # rows of each stage, the same for all of them but for the system turn
+    "sft": {"prompt": "q", "response": "a"},
+    "rm": {"prompt": "q", "chosen": "a", "rejected": "b"},
+    "kto": {"prompt": "q", "completion": "a", "label": True},
+    "ppo": {"prompt": "q"},
+}
+
+
+@pytest.mark.parametrize("stage", REFUSED)
+def test_a_row_that_the_template_refuses_is_named(processes: bool, stage: Stage) -> None:
+    rows = [REFUSED[stage] | ({"system": "s"} if i == 35 else {}) for i in range(40)]
+    recipe = Recipe(stage, without_system(), LIMIT, "error")
+    prepared = prepare_prompts if stage == "ppo" else partial(prepare_rows, say=print)
+    with pytest.raises(
+        TemplateError, match=r"^a\.jsonl:36: the template 'own' refuses .*no system turn here"
+    ) as caught:
+        prepared(save("a.jsonl", rows), locate("a.jsonl"), recipe, counting)
+    assert caught.value.hint == (
+        "change the row, or choose another format with --template; or leave such rows out with --on-bad-row skip"
+    )
+
+
+@pytest.mark.parametrize("stage", REFUSED)
+def test_rows_that_the_template_refuses_are_skipped_and_counted(processes: bool, stage: Stage) -> None:
+    rows: list[Any] = [REFUSED[stage] | ({"system": "s"} if i in (5, 35) else {}) for i in range(40)]
+    rows[20] = {"x": 1}
+    name = save("a.jsonl", rows)
+    recipe = Recipe(stage, without_system(), LIMIT, "skip")
+    if stage == "ppo":
+        made, source, tokens = prepare_prompts(name, locate(name), recipe, counting)
+    else:
+        made = prepare_rows(name, locate(name), recipe, counting, print)  # type: ignore[assignment]
+        source, tokens = made.source, made.tokens  # type: ignore[attr-defined]
+    assert (len(made), source.rows_kept, source.rows_skipped, tokens.rows) == (37, 37, 3, 37)
+    assert [reason.split(": ")[0] for reason in source.reasons] == ["a.jsonl:6", "a.jsonl:21", "a.jsonl:36"]
+    assert source.reasons[0].endswith("no system turn here")
+
+
+def test_no_row_that_the_template_takes_is_an_error() -> None:
+    name = save("a.jsonl", [{"prompt": "q", "response": "a", "system": "s"}] * 3)
+    with pytest.raises(DataError, match=r"none of its 3 rows can be used for sft; the first: a\.jsonl:1: the template"):
+        make(name, without_system(), on_bad_row="skip")
 
 
 def test_a_worker_that_is_killed_is_told(encoder: ChatEncoder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,10 @@ import pytest
 import torch
 from conftest import read_metrics, write_jsonl
 
+from rlhfkit.chat.template import ChatEncoder
 from rlhfkit.config.load import load_config
 from rlhfkit.config.stages import RmConfig, ScoreConfig
-from rlhfkit.errors import ConfigError, DataError, ModelError, NonFiniteError
+from rlhfkit.errors import ConfigError, DataError, ModelError, NonFiniteError, TemplateError
 from rlhfkit.runtime.run import StageResult
 from rlhfkit.stages import reward, score
 
@@ -177,6 +178,26 @@ def test_rows_without_an_answer_are_refused(
     assert (found.totals["rows"], found.totals["skipped"], found.where) == (1, 1, [f"{data}:2"])
     alone = write_jsonl(tmp_path / "alone.jsonl", [row])
     with pytest.raises(DataError, match="none of its 1 rows can be used for score"):
+        scored(judge, alone, on_bad_row="skip")
+
+
+def test_rows_that_the_template_refuses(judge: StageResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = ChatEncoder.encode
+
+    def refuse_system(self: ChatEncoder, messages: Any) -> Any:
+        if messages[0].role == "system" and messages[0].content == "no":
+            raise TemplateError("the template refuses this conversation", hint="change the row")
+        return encode(self, messages)
+
+    monkeypatch.setattr(ChatEncoder, "encode", refuse_system)
+    row = {"prompt": "a film?", "response": "good"}
+    data = write_jsonl(tmp_path / "rows.jsonl", [row | {"system": "no"}, row])
+    with pytest.raises(TemplateError, match=r"rows\.jsonl:1: the template refuses.*\n.*--on-bad-row skip"):
+        scored(judge, data)
+    found = scored(judge, data, on_bad_row="skip")
+    assert (found.totals["rows"], found.totals["skipped"], found.where) == (1, 1, [f"{data}:2"])
+    alone = write_jsonl(tmp_path / "alone.jsonl", [row | {"system": "no"}])
+    with pytest.raises(DataError, match=r"no row is left to score; the first: .*alone\.jsonl:1: the template refuses"):
         scored(judge, alone, on_bad_row="skip")
 
 
