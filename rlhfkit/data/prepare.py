@@ -15,8 +15,7 @@ import rlhfkit.chat
 import rlhfkit.data
 from rlhfkit.chat.template import ChatEncoder
 from rlhfkit.data.parse import Stage
-from rlhfkit.data.rows import RawRow
-from rlhfkit.data.sources import OnBad, Place, SourceReport, parse_items, refuse_unusable
+from rlhfkit.data.sources import Item, OnBad, Place, SourceReport, parse_items, refuse_unusable
 from rlhfkit.data.store import Made, Store, stored, temporary, to_arrow
 from rlhfkit.data.tokenize import PromptRow, TokenReport, make_rows
 from rlhfkit.data.workers import in_order
@@ -27,7 +26,7 @@ R = TypeVar("R")
 STRETCH = 512  # rows that are worked on together, and a batch of the Arrow file
 ALONE = 2  # stretches that are done before other processes are started
 
-Stretch = list[RawRow | DataError]
+Stretch = list[Item]
 Counting = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 """Progress over so many rows, 0 if that is not known; gives a function that takes how many more are done."""
 
@@ -125,7 +124,7 @@ def work_through(place: Place, work: Callable[[Stretch], R], counting: Counting,
             yield result
 
 
-def _cut(items: Iterator[RawRow | DataError]) -> Iterator[Stretch]:
+def _cut(items: Iterator[Item]) -> Iterator[Stretch]:
     """Stretches of what is read. What stands before a fault of the whole file comes before it."""
     stretch: Stretch = []
     try:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from rlhfkit.data.json_rows import array_rows, object_rows
-from rlhfkit.data.rows import OnBadRow, RawRow
+from rlhfkit.data.rows import OnBadRow, OnRemark, RawRow
 from rlhfkit.data.table_rows import csv_rows, parquet_rows
 from rlhfkit.data.text import SAMPLE_BYTES, data_suffix, encoding_error, looks_like_utf16, opened, plain, snippet
 from rlhfkit.errors import DataError
@@ -24,19 +24,20 @@ DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 """Suffixes of files that a folder contributes; each may be followed by ``.gz``."""
 
 
-def read_rows(path: Path, on_bad: OnBadRow | None = None) -> Iterator[RawRow]:
+def read_rows(path: Path, on_bad: OnBadRow | None = None, on_remark: OnRemark | None = None) -> Iterator[RawRow]:
     """Rows of a data file, or of all data files of a folder in sorted order.
 
     Args:
         path: a file (JSON array, JSON lines, CSV, TSV or Parquet, each possibly gzipped) or a folder of such files.
         on_bad: takes the fault of a row that can be left out while the rest of its file stays readable (a broken JSON
             line, a CSV row with a missing cell). Without it such a fault is raised. Faults of a whole file always are.
+        on_remark: takes what is to be told of rows that have no fault.
 
     Raises:
         DataError: at once for a missing path, during iteration for everything found in the content.
     """
     files = _data_files(path) if path.is_dir() else [_existing_file(path)]
-    return (row for file in files for row in _read_file(file, on_bad or _raise))
+    return (row for file in files for row in _read_file(file, on_bad or _raise, on_remark or (lambda _: None)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,7 @@ def _data_files(folder: Path) -> list[Path]:
 # --- one file: look at the first bytes, then read ---------------------------------------------------------------------
 
 
-def _read_file(path: Path, on_bad: OnBadRow) -> Iterator[RawRow]:
+def _read_file(path: Path, on_bad: OnBadRow, on_remark: OnRemark) -> Iterator[RawRow]:
     rows = 0
     bad = 0
 
@@ -132,14 +133,14 @@ def _read_file(path: Path, on_bad: OnBadRow) -> Iterator[RawRow]:
         bad += 1
         on_bad(error)
 
-    for row in _rows_by_content(path, count_bad):
+    for row in _rows_by_content(path, count_bad, on_remark):
         rows += 1
         yield row
     if not rows and not bad:
         raise DataError(f"{path}: the file holds no rows", hint="check how it was written, or leave it out")
 
 
-def _rows_by_content(path: Path, on_bad: OnBadRow) -> Iterator[RawRow]:
+def _rows_by_content(path: Path, on_bad: OnBadRow, on_remark: OnRemark) -> Iterator[RawRow]:
     head = _first_bytes(path)
     if not head:
         raise DataError(f"{path}: the file is empty", hint="check how it was written, or leave it out")
@@ -153,7 +154,7 @@ def _rows_by_content(path: Path, on_bad: OnBadRow) -> Iterator[RawRow]:
     if head.startswith(b"{"):
         return object_rows(path, on_bad)
     if data_suffix(path.name) in (".csv", ".tsv"):
-        return csv_rows(path, on_bad)
+        return csv_rows(path, on_bad, on_remark)
     raise DataError(
         f"{path}: unknown format; the file begins with {snippet(head.decode('utf-8', 'replace'))}",
         hint="rows are read from a JSON array, JSON lines, CSV, TSV or Parquet; name CSV files .csv and TSV files .tsv",

@@ -12,6 +12,18 @@ OnBadRow = Callable[[DataError], None]
 """Takes the fault of one row. Returning leaves the row out; raising stops the reading."""
 
 
+OnRemark = Callable[["Remark"], None]
+"""Takes a remark about a row; the reading goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Remark:
+    """Something about a row that is no fault, but is counted and told: ``what`` is the same for all rows of a kind."""
+
+    where: str
+    what: str
+
+
 @dataclass(frozen=True, slots=True)
 class RawRow:
     """One row as its file has it.

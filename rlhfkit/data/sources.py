@@ -21,11 +21,13 @@ from numpy.typing import NDArray
 from rlhfkit.data.parse import Stage, fault_kind, fault_place, likely_stage, parse_row
 from rlhfkit.data.read import Content, content_of, has_data_suffix, missing_path, read_rows
 from rlhfkit.data.records import REASONS_KEPT, Record, Tally
-from rlhfkit.data.rows import OnBadRow, RawRow
+from rlhfkit.data.rows import OnBadRow, OnRemark, RawRow, Remark
 from rlhfkit.errors import ConfigError, DataError
 
 T = TypeVar("T")
 OnBad = Literal["error", "skip"]
+Item = RawRow | DataError | Remark
+"""What comes of reading: a row, the fault of one that cannot be read, or a remark."""
 
 NAMES_FILE = "datasets.yaml"
 DEFAULT_ENDPOINT = "https://huggingface.co"
@@ -46,7 +48,8 @@ class DataSource:
 class SourceReport:
     """What became of the rows of one source. ``reasons`` holds the first skipped rows, as ``where: reason``.
 
-    ``empty_answers`` and ``equal_answers`` are among the skipped rows.
+    ``empty_answers`` and ``equal_answers`` are among the skipped rows. ``remarks`` are about rows without a fault, by
+    what they say.
     """
 
     name: str
@@ -55,6 +58,7 @@ class SourceReport:
     reasons: list[str] = field(default_factory=list)
     empty_answers: Tally = field(default_factory=Tally)
     equal_answers: Tally = field(default_factory=Tally)
+    remarks: dict[str, Tally] = field(default_factory=dict)
 
     @property
     def rows_read(self) -> int:
@@ -72,6 +76,13 @@ class SourceReport:
         self.rows_kept -= 1
         self.skip(reason)
 
+    def remark(self, remark: Remark) -> None:
+        self.remarks.setdefault(remark.what, Tally()).add(remark.where)
+
+    def sentences(self) -> list[str]:
+        """What there is to tell of rows that have no fault."""
+        return [f"{tally.count:,} rows: {what} (first: {tally.first[0]})" for what, tally in self.remarks.items()]
+
     def extend(self, other: SourceReport) -> None:
         """Count the rows of another report, which come after these."""
         self.rows_kept += other.rows_kept
@@ -79,6 +90,8 @@ class SourceReport:
         self.reasons = [*self.reasons, *other.reasons][:REASONS_KEPT]
         self.empty_answers.extend(other.empty_answers)
         self.equal_answers.extend(other.equal_answers)
+        for what, tally in other.remarks.items():
+            self.remarks.setdefault(what, Tally()).extend(tally)
 
 
 @dataclass
@@ -142,15 +155,16 @@ def load_records(
     return records, report
 
 
-def parse_items(
-    items: Iterable[RawRow | DataError], stage: Stage, on_bad_row: OnBad, report: SourceReport
-) -> Iterator[Any]:
+def parse_items(items: Iterable[Item], stage: Stage, on_bad_row: OnBad, report: SourceReport) -> Iterator[Any]:
     """The records of what was read, of the stage's kind, counted in ``report``.
 
     Raises:
         DataError: a bad row, unless such rows are skipped.
     """
     for item in items:
+        if isinstance(item, Remark):
+            report.remark(item)
+            continue
         try:
             if isinstance(item, DataError):
                 raise item
@@ -249,19 +263,19 @@ class Place:
     hub: Any = None
     name: str = ""  # of the data set, for messages
 
-    def rows(self, on_bad: OnBadRow) -> Iterator[RawRow]:
+    def rows(self, on_bad: OnBadRow, on_remark: OnRemark | None = None) -> Iterator[RawRow]:
         if self.path is not None:
-            return read_rows(self.path, on_bad)
+            return read_rows(self.path, on_bad, on_remark)
         return (RawRow(f"{self.name}: row {index}", dict(row)) for index, row in enumerate(self.hub, start=1))
 
-    def items(self) -> Iterator[RawRow | DataError]:
-        """Rows, and the faults of rows that cannot be read, in their order.
+    def items(self) -> Iterator[Item]:
+        """Rows, the faults of rows that cannot be read, and remarks, in their order.
 
         Raises:
             DataError: a fault of the whole file, once all before it was given.
         """
-        faults: list[DataError] = []
-        rows = self.rows(faults.append)
+        others: list[DataError | Remark] = []
+        rows = self.rows(others.append, others.append)
         while True:
             fatal: DataError | None = None
             row = None
@@ -269,8 +283,8 @@ class Place:
                 row = next(rows, None)
             except DataError as error:
                 fatal = error
-            yield from faults
-            faults.clear()
+            yield from others
+            others.clear()
             if fatal is not None:
                 raise fatal
             if row is None:

@@ -184,7 +184,8 @@ class Digest:
 
 def _source_report(account: dict[str, Any]) -> SourceReport:
     tallies = {name: Tally(**account[name]) for name in ("empty_answers", "equal_answers")}
-    return SourceReport(**{**account, **tallies})
+    remarks = {what: Tally(**tally) for what, tally in account["remarks"].items()}
+    return SourceReport(**{**account, **tallies, "remarks": remarks})
 
 
 def _token_report(account: dict[str, Any]) -> TokenReport:

@@ -89,6 +89,7 @@ def read_rows(config: StageConfig, specs: Sequence[str], text: TextSide, screen:
         report.extend(tokens)
         if source.rows_skipped:
             faults.append(f"{source.name}: {source.rows_skipped:,} rows were skipped (first: {source.reasons[0]})")
+        faults += source.sentences()
     weights = [parse_source(spec).weight if what == "training" else 1.0 for spec in specs]
     for spec, group, weight in zip(specs, groups, weights, strict=True):
         if len(group) and not round(weight * len(group)):
@@ -162,9 +163,11 @@ def _places(specs: Sequence[str]) -> list[tuple[str, Place]]:
 
 
 def say_source(screen: Screen, source: SourceReport, more: str = "") -> None:
-    """Tell how many rows a source gave, and the first that was skipped."""
+    """Tell how many rows a source gave, the first that was skipped, and what else there is to tell."""
     skipped = f", {source.rows_skipped:,} skipped (first: {source.reasons[0]})" if source.rows_skipped else ""
     screen.line(f"read {source.name}: {source.rows_kept:,} rows{skipped}{more}")
+    for sentence in source.sentences():
+        screen.line(f"  {sentence}")
 
 
 def load_for_training(config: StageConfig, run: Run, source: ModelSource, text: TextSide, task: Task) -> LoadedModel:

@@ -88,7 +88,7 @@ def run(config: StageConfig, *, detected: bool, rows: int, as_json: bool, dump: 
     audit.finish(lambda wanted: _wheres(chain.from_iterable(_records(places, config)), wanted))
 
     if as_json:
-        print(json.dumps(counts(audit, config, text)))
+        print(json.dumps(counts(audit, reports, config, text)))
         return audit.hurting()
     console = Console(highlight=False)
     _show_setting(console, config, text, detected=detected, limit=limit)
@@ -103,7 +103,7 @@ def run(config: StageConfig, *, detected: bool, rows: int, as_json: bool, dump: 
     return audit.hurting()
 
 
-def counts(audit: Audit, config: StageConfig, text: TextSide) -> dict[str, Any]:
+def counts(audit: Audit, reports: Sequence[SourceReport], config: StageConfig, text: TextSide) -> dict[str, Any]:
     """Everything that was counted, for programs."""
     return {
         "stage": config.stage,
@@ -122,6 +122,7 @@ def counts(audit: Audit, config: StageConfig, text: TextSide) -> dict[str, Any]:
         "hurting": [finding.key for finding in audit.hurting()],
         "lengths": audit.lengths(),
         "sources": [vars(source) for source in audit.sources],
+        "remarks": [sentence for report in reports for sentence in report.sentences()],
         "notes": text.notes,
     }
 
@@ -347,6 +348,8 @@ def _show_counts(console: Console, audit: Audit, reports: Sequence[SourceReport]
     for source in reports:
         for reason in source.reasons:
             console.print(shown(f"  skipped {reason}", style="yellow"), soft_wrap=True)
+        for sentence in source.sentences():
+            console.print(shown(f"  {sentence}"), soft_wrap=True)
     console.print(_histogram(audit, config))
     if config.stage == "sft":
         words = f"{audit.turn_ends:,} ends of turn are learned, in {audit.assistant_turns:,} assistant turns"

@@ -247,6 +247,16 @@ def test_a_worker_that_is_killed_is_told(encoder: ChatEncoder, monkeypatch: pyte
         make(save("a.jsonl", sft_rows()), encoder)
 
 
+def test_remarks_are_counted_and_kept_with_the_rows(encoder: ChatEncoder, processes: bool) -> None:
+    lines = ["prompt,response", *(f"q{i},a" for i in range(40)), ","]
+    lines[3] = ","
+    Path("a.csv").write_text("\n".join(lines) + "\n")
+    for cached in (False, True):
+        store = make("a.csv", encoder)
+        assert (store.cached, len(store), store.source.rows_kept, store.source.rows_skipped) == (cached, 39, 39, 0)
+        assert store.source.sentences() == ["2 rows: left out, since all cells are empty (first: a.csv:4)"]
+
+
 # -- the cache ---------------------------------------------------------------------------------------------------------
 
 

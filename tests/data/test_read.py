@@ -12,9 +12,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from rlhfkit.data import text
+from rlhfkit.data import table_rows, text
 from rlhfkit.data.read import read_rows
-from rlhfkit.data.rows import RawRow
+from rlhfkit.data.rows import RawRow, Remark
 from rlhfkit.errors import DataError
 
 ROWS = [{"prompt": "你好，世界", "response": 'a "b", c;\td'}, {"prompt": "two\nlines", "response": "x"}]
@@ -225,6 +225,40 @@ def test_the_unnamed_index_column_of_pandas_is_left_out(tmp_path: Path) -> None:
     assert fields(write(tmp_path, "a.csv", ",a,b\n0,x,y\n,,\n")) == [{"a": "x", "b": "y"}]
 
 
+@pytest.mark.parametrize(
+    ("content", "rows"),
+    [
+        # Where double quotes are in use, single ones are text.
+        ("a,b\n'x','y'\n\"1, 2\",z\n", [{"a": "'x'", "b": "'y'"}, {"a": "1, 2", "b": "z"}]),
+        ("\"a\",b\n'x','y'\n", [{"a": "'x'", "b": "'y'"}]),
+        ("a,b\n'tis so,it isn't\ndogs',x\n", [{"a": "'tis so", "b": "it isn't"}, {"a": "dogs'", "b": "x"}]),
+        # Inside quotes all of this is text.
+        ('a,b\n"x, ""y"", z"," ""y"" "\n', [{"a": 'x, "y", z', "b": ' "y" '}]),
+        ('a,b\n"x\n ""y""",z\n', [{"a": 'x\n "y"', "b": "z"}]),
+        ('a,b\nan "x" , y\n', [{"a": 'an "x" ', "b": " y"}]),
+    ],
+)
+def test_quotes_that_belong_to_a_text(tmp_path: Path, content: str, rows: list[dict[str, Any]]) -> None:
+    assert fields(write(tmp_path, "a.csv", content)) == rows
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("a,b\n1,2\n,\n\n3,4\n,\n", [(3, table_rows.EMPTY_ROW), (6, table_rows.EMPTY_ROW)]),
+        ("a,b\n1,2\n3,4", [(3, table_rows.NO_LAST_BREAK)]),
+        ('a,b\n1,2\n3,"4"', []),
+        ("a,b\n1,2\n3,4\n", []),
+    ],
+)
+def test_what_is_no_fault_is_told(tmp_path: Path, content: str, told: list[tuple[int, str]]) -> None:
+    path = write(tmp_path, "a.csv", content)
+    remarks: list[Remark] = []
+    rows = list(read_rows(path, on_remark=remarks.append))
+    assert [row.fields for row in rows] == [{"a": "1", "b": "2"}, {"a": "3", "b": "4"}]
+    assert remarks == [Remark(f"{path}:{line}", what) for line, what in told]
+
+
 # --- folders and paths ------------------------------------------------------------------------------------------------
 
 
@@ -339,7 +373,34 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         ("a.csv", "a,b\r1,2\r3,4\r", "a.csv:1: a carriage return without a line feed, outside double quotes"),
         ("a.csv", "a,b\n1,2\r\n3,x\ry\n", "a.csv:3: a carriage return without a line feed, outside double quotes"),
         ("a.csv", "sep=;\na;b\n1;2\n", "a.csv:1: a line that tells Excel the separator, and no header"),
-        ("a.csv", "a,b\n'1, 2',3\n", "a.csv:2: the row has 3 cells, the header 2 (a, b)"),
+        *(
+            ("a.csv", content, f"a.csv:{place} is in single quotes, which CSV takes as part of the text")
+            for content, place in (
+                ("a,b\n'1, 2',3\n", '2: column "a"'),
+                ("a,b\nx,'y'\n", '2: column "b"'),
+                ("a,b\nx,y\n'x, y'\n", '3: column "a"'),
+                ("a;b\nx; 'y z' \n", '2: column "b"'),
+                ("'a','b'\nx,y\n", "1: column 1"),
+            )
+        ),
+        *(
+            (
+                name,
+                content,
+                f"{name}:{place} has a blank before its opening double quote, which makes the quotes part of the text",
+            )
+            for name, content, place in (
+                ("a.csv", 'a,b\nx, "y"\n', '2: column "b"'),
+                ("a.csv", 'a,b\nx, "y, z"\n', '2: column "b"'),
+                ("a.csv", 'a,b\n"x, ""1""",y\n  "x",y\n', '3: column "a"'),
+                ("a.csv", 'a,b\nx, "y\nz"\n', '2: column "b"'),
+                ("a.tsv", 'a\tb\nx\t "y"\n', '2: column "b"'),
+                ("a.csv", 'a, "b"\nx,y\n', "1: column 2"),
+                ("a.csv", ',a\n0, "y"\n', '2: column "a"'),
+            )
+        ),
+        ("a.csv", "a,b\n1,2\n3", "a.csv:3: the last line is cut short: the row has 1 cells, the header 2 (a, b)"),
+        ("a.csv", "a,b\n1,2\n3\n", "a.csv:3: the row has 1 cells, the header 2 (a, b)"),
         ("a.csv", 'a,b\n"1 \\"2\\"",3\n', "a.csv:2: not valid CSV: ',' expected after '\"'"),
         ("a.jsonl", '{"a": 1}, \n{"a": 2}\n', "a.jsonl:1: not valid JSON at column 9: Extra data; the parser saw ','"),
         (
