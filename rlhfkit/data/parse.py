@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from rlhfkit.chat.messages import Conversation, Message
 from rlhfkit.data.records import LabelledRecord, PreferenceRecord, PromptRecord, Record, SftRecord
-from rlhfkit.data.rows import RawRow
+from rlhfkit.data.rows import OnRemark, RawRow, Remark
 from rlhfkit.data.turns import (
     ROLES,
     TRANSCRIPT_TURN,
@@ -56,6 +56,8 @@ ACCEPTED_FORMATS: dict[Stage, str] = {
     ),
 }
 
+OPEN_TURN = "the last user turn is left out, since no answer follows it"
+
 # The words of two faults that are counted apart; see fault_kind.
 _EMPTY_ANSWER = "the answer is empty"
 _EMPTY_TURN = "the assistant's text is empty"
@@ -74,16 +76,26 @@ class _FormatFault(Exception):
         super().__init__(f"{why}; its fields are {listed or 'none'}")
 
 
-def parse_row(row: RawRow, stage: Stage) -> Record:
+def parse_row(row: RawRow, stage: Stage, on_remark: OnRemark | None = None) -> Record:
     """The record that a row holds for a stage: SftRecord, PreferenceRecord, LabelledRecord or PromptRecord.
+
+    Args:
+        row: as its file has it.
+        stage: what the record is for.
+        on_remark: takes what is to be told of a row that has no fault.
 
     Raises:
         DataError: names the row, the field, what was found and the accepted formats.
     """
+    remarks: list[str] = []
     try:
-        return _PARSERS[stage](row)
+        record = _PARSERS[stage](row, remarks)
     except (FieldFault, _FormatFault) as fault:
         raise DataError(f"{row.where}: {fault}", hint=f"{stage} rows are {ACCEPTED_FORMATS[stage]}") from None
+    if on_remark is not None:
+        for what in remarks:
+            on_remark(Remark(row.where, what))
+    return record
 
 
 def fault_kind(message: str) -> Literal["empty answer", "equal answers", "other"]:
@@ -135,7 +147,7 @@ _SFT_FORMATS = (
 )
 
 
-def _parse_sft(row: RawRow) -> SftRecord:
+def _parse_sft(row: RawRow, remarks: list[str]) -> SftRecord:
     fields = row.fields
     names = _sft_format(fields)
     if names == ("text",):
@@ -144,13 +156,13 @@ def _parse_sft(row: RawRow) -> SftRecord:
             raise FieldFault("text", f"{found_words(text)} where text to learn is needed")
         return SftRecord(row.where, text=text)
     if len(names) == 1:
-        messages = _learned_conversation(fields, names[0])
+        messages = _learned_conversation(fields, names[0], remarks)
     else:
         messages = _learned_pair(fields, *names)
     return SftRecord(row.where, messages=messages)
 
 
-def _learned_conversation(fields: Fields, name: str) -> Conversation:
+def _learned_conversation(fields: Fields, name: str, remarks: list[str]) -> Conversation:
     turns = conversation_of(name, fields[name])
     if not any(turn.role == "assistant" for turn in turns):
         raise FieldFault(name, "there is no assistant turn to learn")
@@ -158,6 +170,7 @@ def _learned_conversation(fields: Fields, name: str) -> Conversation:
         if fields.get("chosen") is not None:
             raise FieldFault(name, 'it ends with a user turn whose answer is in "chosen"; this is rm data')
         turns = turns[:-1]
+        remarks.append(OPEN_TURN)
     for i, turn in enumerate(turns):
         if turn.role == "assistant" and not turn.content.strip():
             raise FieldFault(f"{name}[{i}]", _EMPTY_TURN)
@@ -192,7 +205,7 @@ def _sft_format(fields: Fields, stage: Stage = "sft") -> tuple[str, ...]:
     raise _FormatFault(f"the row fits no {stage} format", fields)
 
 
-def _parse_preference(row: RawRow) -> PreferenceRecord:
+def _parse_preference(row: RawRow, remarks: list[str]) -> PreferenceRecord:
     fields = row.fields
     found = _ranked_answers(fields)
     prompt_name = _prompt_name(fields, ("messages", "conversations", "instruction", "question", "query"))
@@ -256,7 +269,7 @@ def _margin(value: Any) -> float:
     return margin
 
 
-def _parse_labelled(row: RawRow) -> LabelledRecord:
+def _parse_labelled(row: RawRow, remarks: list[str]) -> LabelledRecord:
     """An answer with its label, or a preference row: its best answer is desirable, its worst is not."""
     fields = row.fields
     if fields.get("label") is None:
@@ -264,12 +277,15 @@ def _parse_labelled(row: RawRow) -> LabelledRecord:
             raise FieldFault("label", "null where true or false is needed")
         if not any(fields.get(name) is not None for name in ("chosen", "rejected", "answers", "output")):
             raise _FormatFault("the row has neither a label nor ranked answers", fields)
-        ranked = _parse_preference(row)
+        ranked = _parse_preference(row, remarks)
         return LabelledRecord(row.where, ranked.prompt, (ranked.answers[0], ranked.answers[-1]), (True, False))
     names = _sft_format(fields, "kto")
     if names == ("text",):
         raise _FormatFault("plain text has no answer to label", fields)
-    turns = _learned_conversation(fields, names[0]) if len(names) == 1 else _learned_pair(fields, names[0], names[1])
+    if len(names) == 1:
+        turns = _learned_conversation(fields, names[0], remarks)
+    else:
+        turns = _learned_pair(fields, *names)
     return LabelledRecord(row.where, turns[:-1], (turns[-1].content,), (_label(fields["label"]),))
 
 
@@ -284,7 +300,7 @@ def _label(value: Any) -> bool:
 _PPO_PROMPTS = ("messages", "conversations", "instruction", "question", "query", "turns")
 
 
-def _parse_prompt(row: RawRow) -> PromptRecord:
+def _parse_prompt(row: RawRow, remarks: list[str]) -> PromptRecord:
     fields = row.fields
     name = _prompt_name(fields, _PPO_PROMPTS)
     if name is not None:
@@ -298,17 +314,17 @@ def _parse_prompt(row: RawRow) -> PromptRecord:
     return PromptRecord(row.where, prompt=prompt, columns={key: fields[key] for key in fields if key not in used})
 
 
-def _parse_scored(row: RawRow) -> PreferenceRecord:
+def _parse_scored(row: RawRow, remarks: list[str]) -> PreferenceRecord:
     """A preference row, or a prompt with one answer, which may be empty: a model wrote it, and it has a score."""
     fields = row.fields
     ranked = any(fields.get(name) is not None for name in ("chosen", "rejected", "answers"))
     if ranked or isinstance(fields.get("output"), list):
-        return _parse_preference(row)
+        return _parse_preference(row, remarks)
     names = ("prompt", "answer") if _has_only_answer(fields) else _sft_format(fields, "score")
     if names == ("text",):
         raise _FormatFault("plain text has no answer to score", fields)
     if len(names) == 1:
-        *turns, answer = _learned_conversation(fields, names[0])
+        *turns, answer = _learned_conversation(fields, names[0], remarks)
         return PreferenceRecord(row.where, prompt=tuple(turns), answers=(answer.content,))
     return PreferenceRecord(row.where, prompt=_prompt(fields, names[0]), answers=(_answer(names[1], fields[names[1]]),))
 
@@ -321,7 +337,7 @@ def _has_only_answer(fields: Fields) -> bool:
     return present == {"prompt", "answer"}
 
 
-_PARSERS: dict[Stage, Callable[[RawRow], Record]] = {
+_PARSERS: dict[Stage, Callable[[RawRow, list[str]], Record]] = {
     "sft": _parse_sft,
     "rm": _parse_preference,
     "kto": _parse_labelled,

@@ -168,7 +168,7 @@ def parse_items(items: Iterable[Item], stage: Stage, on_bad_row: OnBad, report: 
         try:
             if isinstance(item, DataError):
                 raise item
-            record = parse_row(item, stage)
+            record = parse_row(item, stage, report.remark)
         except DataError as error:
             if on_bad_row == "error":
                 hint = f"{error.hint}; or leave such rows out with --on-bad-row skip"

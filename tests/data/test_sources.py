@@ -307,6 +307,23 @@ def test_rows_of_no_stage_are_refused() -> None:
         detect_stage("nothing.jsonl")
 
 
+def test_a_last_user_turn_that_is_left_out_is_told() -> None:
+    turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+    rows = [{"messages": turns[:2]}, {"messages": turns}, {"conversations": turns}, {"messages": turns[2:]}]
+    labelled = [row | {"label": True} for row in rows]
+    for stage, given in (("sft", rows), ("kto", labelled), ("score", rows)):
+        groups, report = load_records([save(f"{stage}.jsonl", *given)], stage, on_bad_row="skip")  # type: ignore[arg-type]
+        (source,) = report.sources
+        assert (len(groups[0]), source.rows_skipped) == (3, 1)
+        assert source.sentences() == [
+            f"2 rows: the last user turn is left out, since no answer follows it (first: {stage}.jsonl:2)"
+        ]
+    # Here it is what the rows are for.
+    for stage, given in (("ppo", rows[1:]), ("rm", [row | {"chosen": "a", "rejected": "b"} for row in rows[1:]])):
+        _, report = load_records([save("other.jsonl", *given)], stage, on_bad_row="error")  # type: ignore[arg-type]
+        assert report.sources[0].sentences() == []
+
+
 def test_empty_answers_are_counted_apart() -> None:
     rows = [{"prompt": "q", "response": text} for text in ("a", "", "b", " ", None)]
     _, report = load(save("rows.jsonl", *rows), on_bad_row="skip")
