@@ -29,7 +29,6 @@ from rlhfkit.data.prepare import Stretch, work_through
 from rlhfkit.data.records import Record
 from rlhfkit.data.sources import Place, SourceReport, locate, parse_items, parse_source, refuse_unusable
 from rlhfkit.errors import ConfigError, DataError, TemplateError
-from rlhfkit.models.folder import open_model
 from rlhfkit.models.load import TextSide
 from rlhfkit.runtime.screen import Screen, quiet_libraries
 from rlhfkit.stages.common import open_text_side
@@ -60,7 +59,6 @@ def run(config: StageConfig, *, detected: bool, rows: int, as_json: bool, dump: 
     """
     quiet_libraries()
     screen = Screen()
-    config = _within_positions(config)
     limit = _limit(config)
     specs = config.data.train
     if dump is not None:
@@ -128,14 +126,6 @@ def counts(audit: Audit, reports: Sequence[SourceReport], config: StageConfig, t
 
 
 # -- what is read, and what is written --------------------------------------------------------------------------------
-
-
-def _within_positions(config: StageConfig) -> StageConfig:
-    """The configuration with its default ``max_length`` brought down to what the model has positions for."""
-    positions = open_model(config.model.path).positions
-    if "max_length" in config.data.model_fields_set or not positions or positions >= config.data.max_length:
-        return config
-    return config.model_copy(update={"data": config.data.model_copy(update={"max_length": positions})})
 
 
 def _limit(config: StageConfig) -> int:
@@ -293,17 +283,22 @@ def _count(
     """What there is to say of a stretch of a source, and its lines of a dump."""
     part, report, lines = Audit(limit), SourceReport(""), []
     part.start("", 1.0)
-    for record in parse_items(items, _kind(config), config.data.on_bad_row, report):
+    records = list(parse_items(items, _kind(config), config.data.on_bad_row, report))
+    part.skip(report)
+    refused = SourceReport("")
+    for record in records:
         row = part.add(record, encoder)
         if row.unused == REFUSED:
             if config.data.on_bad_row == "error":
                 raise TemplateError(
                     f"{row.where}: {row.reason}", hint="change the row, or choose another format with --template"
                 )
-            report.refuse(f"{row.where}: {row.reason}")
+            refused.skip(f"{row.where}: {row.reason}")
         if dumped:
             lines.append(_line(record))
-    part.skip(report)
+    part.skip(refused)
+    report.rows_kept -= refused.rows_skipped
+    report.extend(refused)
     return part, report, lines
 
 

@@ -226,7 +226,7 @@ def test_rows_that_the_template_refuses_are_among_the_skipped(cli: Any) -> None:
     write_jsonl(Path("system.jsonl"), [*GOOD, {**GOOD[0], "system": "be brief"}, {"prompt": "a film?"}])
     found = counts(cli, "system.jsonl", "--stage", "sft", "--template", "baichuan")
     assert (found["rows"], found["skipped"], found["refused_by_template"]) == (3, 2, 1)
-    assert [reason.split(": ")[0] for reason in found["examples"]["skipped"]] == ["system.jsonl:4", "system.jsonl:5"]
+    assert [reason.split(": ")[0] for reason in found["examples"]["skipped"]] == ["system.jsonl:5", "system.jsonl:4"]
     outcome = inspect(cli, "system.jsonl", "--stage", "sft", "--template", "baichuan", "--dump", "dump.jsonl")
     assert "skipped system.jsonl:4: the template 'baichuan' refuses this conversation" in outcome.out
     assert "4 records are in dump.jsonl" in outcome.out
@@ -313,12 +313,17 @@ def test_no_weight_is_read(cli: Any, tiny_model: Path) -> None:
     assert outcome.code == 0, outcome.err
 
 
-def test_the_limit_is_what_the_model_has(cli: Any) -> None:
-    outcome = cli("inspect", "good.jsonl", "--model", "tiny", "--json")
-    assert json.loads(outcome.out)["limit"] == 512
-    outcome = cli("inspect", "good.jsonl", "--model", "tiny", "--max-length", "513")
-    assert outcome.code == 2
-    assert "data.max_length: 513 is more than the 512 positions" in outcome.err
+@pytest.mark.parametrize("words", ["", "--max-length 513", "--max-length 512"])
+def test_what_the_stage_refuses_is_refused_here(cli: Any, words: str) -> None:
+    """Of a model with 512 positions. A check in front of a run must not pass where the run would stop."""
+    looked = cli("inspect", "good.jsonl", "--model", "tiny", *words.split(), "--strict", "--json")
+    trained = cli("sft", "--data", "good.jsonl", "--model", "tiny", *words.split(), "--out", "run", "--plan")
+    assert looked.code == trained.code == (0 if words.endswith("512") else 2)
+    if looked.code:
+        assert f"data.max_length: {words[-3:] or 1024} is more than the 512 positions" in looked.err
+        assert looked.err == trained.err
+    else:
+        assert json.loads(looked.out)["limit"] == 512
 
 
 def test_a_recipe_is_read_as_its_run_reads_it(cli: Any) -> None:
