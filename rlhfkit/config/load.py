@@ -176,7 +176,7 @@ def read_recipe(name: str) -> dict[str, Any]:
     """
     path = find_recipe(name)
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)
+        raw = yaml.load(path.read_text(encoding="utf-8"), OnceLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is no YAML: {str(error).replace(chr(10), ' ')}") from error
     except UnicodeDecodeError as error:
@@ -188,7 +188,7 @@ def read_recipe(name: str) -> dict[str, Any]:
     return raw
 
 
-class _OnceLoader(yaml.SafeLoader):
+class OnceLoader(yaml.SafeLoader):
     """YAML in which a key stands once: of two blocks of one name the first would be dropped without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

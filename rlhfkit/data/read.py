@@ -25,7 +25,7 @@ DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
 
 def read_rows(path: Path, on_bad: OnBadRow | None = None, on_remark: OnRemark | None = None) -> Iterator[RawRow]:
-    """Rows of a data file, or of all data files of a folder in sorted order.
+    """Rows of a data file, or of all data files of a folder and the folders in it, in sorted order.
 
     Args:
         path: a file (JSON array, JSON lines, CSV, TSV or Parquet, each possibly gzipped) or a folder of such files.
@@ -57,8 +57,9 @@ def content_of(path: Path) -> Content:
     digest, rows = hashlib.sha256(), 0
     by_lines = True
     for file in _data_files(path) if path.is_dir() else [_existing_file(path)]:
-        # The format of a file may go by its name.
-        digest.update(f"{file.name} {file.stat().st_size} ".encode(errors="surrogateescape"))
+        # The format of a file may go by its name, and what is told of its rows names its place.
+        name = file.relative_to(path) if file != path else file.name
+        digest.update(f"{name} {file.stat().st_size} ".encode(errors="surrogateescape"))
         with plain(file) as stream:
             block = stream.read(SAMPLE_BYTES)
             by_lines = by_lines and not block.startswith((b"\x1f\x8b", b"PAR1", b"["))
@@ -105,20 +106,35 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _data_files(folder: Path) -> list[Path]:
+    """
+    Raises:
+        DataError: there is none.
+    """
+    files = list(_files_below(folder, ()))
+    if files:
+        return files
+    there = ", ".join(entry.name for entry in _visible(folder)[:5]) or "nothing"
+    raise DataError(
+        f"{folder}: no data file in this folder or below; it holds {there}",
+        hint=f"data files end in {', '.join(DATA_SUFFIXES)}, or one of these with .gz",
+    )
+
+
+def _files_below(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+    """Data files of a folder and the folders in it; ``above`` are those it is in, to which a link may lead back."""
+    above = (*above, folder.resolve())
     visible = _visible(folder)
     if any(entry.suffix == ".arrow" for entry in visible):
         raise DataError(
             f"{folder}: a folder of Arrow files, as Dataset.save_to_disk writes it",
             hint=f"export it once: datasets.load_from_disk({str(folder)!r}).to_parquet('rows.parquet')",
         )
-    files = [entry for entry in visible if entry.is_file() and has_data_suffix(entry.name)]
-    if files:
-        return files
-    there = ", ".join(entry.name for entry in visible[:5]) or "nothing"
-    raise DataError(
-        f"{folder}: no data file in this folder; it holds {there}",
-        hint=f"data files end in {', '.join(DATA_SUFFIXES)}, or one of these with .gz; subfolders are not entered",
-    )
+    for entry in visible:
+        if entry.is_dir():
+            if entry.resolve() not in above:
+                yield from _files_below(entry, above)
+        elif entry.is_file() and has_data_suffix(entry.name):
+            yield entry
 
 
 # --- one file: look at the first bytes, then read ---------------------------------------------------------------------

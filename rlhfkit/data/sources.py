@@ -18,6 +18,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from rlhfkit.config.load import OnceLoader
 from rlhfkit.data.parse import Stage, fault_kind, fault_place, likely_stage, parse_row
 from rlhfkit.data.read import Content, content_of, has_data_suffix, missing_path, read_rows
 from rlhfkit.data.records import REASONS_KEPT, Record, Tally
@@ -33,7 +34,7 @@ NAMES_FILE = "datasets.yaml"
 DEFAULT_ENDPOINT = "https://huggingface.co"
 ROWS_LOOKED_AT = 100  # to find out what a source is for
 
-_HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<split>.+))?")
+_HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(/(?P<config>[^/:]+))?(:(?P<split>.+))?")
 
 
 @dataclass(frozen=True)
@@ -315,7 +316,7 @@ def locate(name: str, names_file: Path | None = None) -> Place:
     hub = _HUB_ID.fullmatch(name)
     if hub is None:
         raise _unknown_source(name, entries, listed_in)
-    return _hub_place(hub["id"], hub["split"])
+    return _hub_place(hub["id"], hub["config"], hub["split"])
 
 
 def _looks_like_path(name: str) -> bool:
@@ -341,7 +342,7 @@ def _named_sources(names_file: Path | None) -> tuple[dict[str, Any], Path]:
     if not path.is_file():
         raise missing_path(path)
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        entries = yaml.load(path.read_text(encoding="utf-8-sig"), OnceLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -354,7 +355,7 @@ def _named_sources(names_file: Path | None) -> tuple[dict[str, Any], Path]:
     return {str(name): entry for name, entry in entries.items()}, path
 
 
-_ENTRY_HINT = "each entry is `name: path` or `name: {path: ..., split: ...}`"
+_ENTRY_HINT = "each entry is `name: path` or `name: {path: ..., config: ..., split: ...}`, and each name stands once"
 
 
 def _place_of_entry(name: str, entry: Any, listed_in: Path) -> Place:
@@ -363,39 +364,46 @@ def _place_of_entry(name: str, entry: Any, listed_in: Path) -> Place:
     keys = {"path": entry} if isinstance(entry, str) else entry
     if not isinstance(keys, dict) or not isinstance(keys.get("path"), str):
         raise DataError(f"{where} has no path", hint=_ENTRY_HINT)
-    unknown = [str(key) for key in keys if key not in ("path", "split")]
+    unknown = [str(key) for key in keys if key not in ("path", "config", "split")]
     if unknown:
         raise DataError(f'{where} has the unknown key "{unknown[0]}"', hint=_ENTRY_HINT)
-    split = keys.get("split")
-    if split is not None and not isinstance(split, str):
-        raise DataError(f"{where} has a split that is no text", hint=_ENTRY_HINT)
+    given = {key: keys[key] for key in ("config", "split") if keys.get(key) is not None}
+    for key, value in given.items():
+        if not isinstance(value, str):
+            raise DataError(f"{where} has a {key} that is no text", hint=_ENTRY_HINT)
     target: str = keys["path"]
     path = listed_in.parent / Path(target).expanduser()
     hub = _HUB_ID.fullmatch(target)
     if path.exists():
-        if split is not None:
-            raise DataError(f"{where} has a split, but {path} is local and has none", hint="remove the split")
+        for key in given:
+            raise DataError(f"{where} has a {key}, but {path} is local and has none", hint=f"remove the {key}")
         return Place(path)
     if _looks_like_path(target) or hub is None:
         error = missing_path(path)
         raise DataError(f"{where}: {error.message}", hint=error.hint)
-    if split is not None and hub["split"] is not None:
-        raise DataError(f"{where} names two splits, {hub['split']} and {split}", hint="keep one of them")
-    return _hub_place(hub["id"], split or hub["split"])
+    for key, value in given.items():
+        if hub[key] is not None:
+            raise DataError(f"{where} names two {key}s, {hub[key]} and {value}", hint="keep one of them")
+    return _hub_place(hub["id"], given.get("config", hub["config"]), given.get("split", hub["split"]))
 
 
-def _hub_place(hub_id: str, split: str | None) -> Place:
+def _hub_place(hub_id: str, config: str | None, split: str | None) -> Place:
     endpoint = os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT
     # Imported here: it is slow, reads HF_ENDPOINT when imported, and local files do without it.
     import datasets
 
+    name = f"{hub_id}/{config}" if config else hub_id
     try:
-        rows = datasets.load_dataset(hub_id, split=split or "train")
+        rows = datasets.load_dataset(hub_id, config, split=split or "train")
     except Exception as error:  # the hub client raises a dozen unrelated types, some of them of its HTTP library
-        reason = (str(error).strip() or "no reason given").partition("\n")[0]
+        lines = (str(error).strip() or "no reason given").split("\n")
+        # The names to choose from are in the second line.
+        missing = config is None and lines[0].startswith("Config name is missing")
+        reason = " ".join(lines[: 2 if missing else 1])
+        hint = "give a local file or folder, or ask another hub with --hf-endpoint URL"
         raise DataError(
-            f'"{hub_id}" (split "{split or "train"}") is no local path, and loading it from {endpoint} failed: '
+            f'"{name}" (split "{split or "train"}") is no local path, and loading it from {endpoint} failed: '
             f"{type(error).__name__}: {reason}",
-            hint="give a local file or folder, or ask another hub with --hf-endpoint URL",
+            hint=f"name one of its configurations: {hub_id}/CONFIGURATION" if missing else hint,
         ) from error
-    return Place(hub=rows, name=f"{hub_id}:{split}" if split else hub_id)
+    return Place(hub=rows, name=f"{name}:{split}" if split else name)

@@ -13,7 +13,7 @@ import pytest
 from pyarrow import parquet
 
 from rlhfkit.data import table_rows, text
-from rlhfkit.data.read import read_rows
+from rlhfkit.data.read import content_of, read_rows
 from rlhfkit.data.rows import RawRow, Remark
 from rlhfkit.errors import DataError
 
@@ -273,17 +273,33 @@ def test_a_folder_gives_its_data_files_in_sorted_order(tmp_path: Path) -> None:
     assert next(read_rows(tmp_path)).where == f"{tmp_path / 'a.jsonl.gz'}:1"
 
 
+def test_folders_in_a_folder_are_read_too(tmp_path: Path) -> None:
+    for place, number in (("b/x.jsonl", 2), ("b/in/x.jsonl", 1), ("a.jsonl", 0), ("c.jsonl", 3), (".git/x.jsonl", 9)):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path, place, f'{{"a": {number}}}\n')
+    (tmp_path / "b" / "up").symlink_to(tmp_path)
+    assert fields(tmp_path) == [{"a": 0}, {"a": 1}, {"a": 2}, {"a": 3}]
+    assert [row.where for row in read_rows(tmp_path)][1] == f"{tmp_path}/b/in/x.jsonl:1"
+    before = content_of(tmp_path)
+    (tmp_path / "b" / "x.jsonl").rename(tmp_path / "b" / "y.jsonl")
+    assert content_of(tmp_path) != before
+
+
 def test_a_folder_without_data_files_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no data file in this folder; it holds nothing"):
+    with pytest.raises(DataError, match="no data file in this folder or below; it holds nothing"):
         read_rows(tmp_path)
     write(tmp_path, "README.md", "words")
-    with pytest.raises(DataError, match=r"it holds README\.md"):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"it holds README\.md, empty"):
         read_rows(tmp_path)
 
 
-def test_a_folder_of_save_to_disk_is_named(tmp_path: Path) -> None:
-    write(tmp_path, "data-00000-of-00001.arrow", b"x")
-    write(tmp_path, "state.json", "{}")
+@pytest.mark.parametrize("split", ["", "train"])
+def test_a_folder_of_save_to_disk_is_named(tmp_path: Path, split: str) -> None:
+    (tmp_path / split).mkdir(exist_ok=True)
+    write(tmp_path, "dataset_dict.json", "{}")
+    write(tmp_path / split, "data-00000-of-00001.arrow", b"x")
+    write(tmp_path / split, "state.json", "{}")
     with pytest.raises(DataError, match=r"as Dataset\.save_to_disk writes it\n.*load_from_disk"):
         read_rows(tmp_path)
 

@@ -27,8 +27,12 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """A hub with one data set, ``us/rows``; the list takes what was asked for."""
     asked: list[tuple[str, str]] = []
 
-    def load_dataset(name: str, split: str) -> list[dict[str, Any]]:
-        asked.append((name, split))
+    def load_dataset(name: str, config: str | None = None, *, split: str) -> list[dict[str, Any]]:
+        asked.append((f"{name}/{config}" if config else name, split))
+        if name == "us/many" and config is None:
+            raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['en', 'zh']\nmore")
+        if name == "us/many":
+            return [{"prompt": config, "response": "a1"}]
         if name != "us/rows":
             raise FileNotFoundError(f"Dataset '{name}' doesn't exist on the Hub\nsecond line")
         return [{"prompt": "q1", "response": "a1"}, {"prompt": "q2", "response": 2}]
@@ -194,6 +198,10 @@ def test_a_name_may_stand_for_a_hub_data_set(hub: list[tuple[str, str]]) -> None
         ("ours: {path: a.jsonl, weight: 2}\n", 'datasets.yaml: entry "ours" has the unknown key "weight"'),
         ("ours: {path: us/rows, split: 3}\n", 'datasets.yaml: entry "ours" has a split that is no text'),
         ("ours: {path: a.jsonl, split: test}\n", 'datasets.yaml: entry "ours" has a split, but a.jsonl is local'),
+        ("ours: {path: us/rows, config: [en]}\n", 'datasets.yaml: entry "ours" has a config that is no text'),
+        ("ours: {path: a.jsonl, config: en}\n", 'datasets.yaml: entry "ours" has a config, but a.jsonl is local'),
+        ("ours: {path: us/rows/a, config: b}\n", 'datasets.yaml: entry "ours" names two configs, a and b'),
+        ("ours: a.jsonl\nother: a.jsonl\nours: b.jsonl\n", "datasets.yaml:3: not valid YAML: 'ours' stands twice"),
         ("ours: {path: us/rows:a, split: b}\n", 'datasets.yaml: entry "ours" names two splits, a and b'),
         ("ours: gone.jsonl\n", 'datasets.yaml: entry "ours": gone.jsonl: no such file or folder'),
         ("ours: gone\n", 'datasets.yaml: entry "ours": gone: no such file or folder'),
@@ -226,6 +234,30 @@ def test_hub_rows_are_named_by_number(hub: list[tuple[str, str]]) -> None:
     error = refusal("us/rows:test[:2]")
     assert error.message == 'us/rows:test[:2]: row 2: field "response": the number 2 where one answer is needed'
     assert hub == [("us/rows", "test[:2]")]
+
+
+@pytest.mark.parametrize(
+    ("spec", "asked"),
+    [
+        ("us/many/20231101.zh", ("us/many/20231101.zh", "train")),
+        ("us/many/zh:test[10%:20%]=0.5", ("us/many/zh", "test[10%:20%]")),
+        ("listed", ("us/many/en", "test")),
+        ("short", ("us/many/en", "train")),
+    ],
+)
+def test_a_configuration_of_a_hub_data_set(hub: list[tuple[str, str]], spec: str, asked: tuple[str, str]) -> None:
+    Path("datasets.yaml").write_text("listed: {path: us/many, config: en, split: test}\nshort: us/many/en\n")
+    (place,) = wheres(spec)
+    assert hub == [asked]
+    assert place == (asked[0] if asked[1] == "train" else ":".join(asked)) + ": row 1"
+
+
+def test_a_missing_configuration_is_told_with_those_there_are(hub: list[tuple[str, str]]) -> None:
+    error = refusal("us/many")
+    assert error.message.endswith(
+        "failed: ValueError: Config name is missing. Please pick one among the available configs: ['en', 'zh']"
+    )
+    assert error.hint == "name one of its configurations: us/many/CONFIGURATION"
 
 
 @pytest.mark.parametrize("endpoint", [None, "https://mirror.example"])
