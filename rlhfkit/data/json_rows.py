@@ -163,9 +163,11 @@ def _document_rows(path: Path, first_line: int, on_bad: OnBadRow) -> Iterator[Ra
             hint=f"rewrite it: {command}",
         )
     decoder.row(value, str(path))
-    for index, fields in enumerate(rows, start=1):
+    key = next(key for key, held in value.items() if held is rows)
+    line = _Lines(text)
+    for index, (fields, place) in enumerate(zip(rows, _places(text, start, key), strict=False), start=1):
         try:
-            row = decoder.row(fields, f"{path}: row {index}")
+            row = decoder.row(fields, _item_where(path, line.at(place), index))
         except DataError as error:
             on_bad(error)
         else:
@@ -174,6 +176,42 @@ def _document_rows(path: Path, first_line: int, on_bad: OnBadRow) -> Iterator[Ra
 
 # A lone object with one of these is itself a row: {"messages": [...]} holds turns, not rows.
 _ROW_FIELDS = {"prompt", "instruction", "query", "question", "messages", "conversations", "text", "turns", "chosen"}
+
+
+def _places(text: str, position: int, key: str) -> Iterator[int]:
+    """Where the items of the list under a key of an object begin. The text is known to be valid JSON."""
+    decode = json.JSONDecoder().raw_decode
+
+    def space(position: int) -> int:
+        return _SPACE.match(text, position).end()  # type: ignore[union-attr]  # it matches anywhere
+
+    name = None
+    while name != key:
+        name, position = decode(text, space(position + 1))  # after the brace or a comma
+        position = space(space(position) + 1)  # after the colon
+        if name != key:
+            position = space(decode(text, position)[1])
+    while True:
+        position = space(position + 1)  # after the bracket or a comma
+        yield position
+        position = space(decode(text, position)[1])
+
+
+def _item_where(path: Path, line: int, index: int) -> str:
+    """The place of an array's item; many arrays stand on one line, so the line alone would not do."""
+    return f"{path}:{line} (row {index})"
+
+
+class _Lines:
+    """Lines of places in a text that are asked for one after the other."""
+
+    def __init__(self, text: str) -> None:
+        self._text, self._line, self._counted = text, 1, 0
+
+    def at(self, position: int) -> int:
+        self._line += self._text.count("\n", self._counted, position)
+        self._counted = position
+        return self._line
 
 
 def _wrapped(path: Path, value: Any) -> list[Any] | None:
@@ -200,6 +238,7 @@ class _ArrayText:
         self._chunks = text_chunks(path)
         self._text = ""
         self._line, self._column = 1, 1  # of the window's first character
+        self._item_line, self._counted = 1, 0  # the line of a place in the window, up to which breaks were counted
         self.position = 0
 
     def at(self, character: str) -> bool:
@@ -209,6 +248,16 @@ class _ArrayText:
             return False
         self.position += 1
         return True
+
+    def line(self) -> int:
+        """The line of what comes next, white space aside."""
+        self._skip_space()
+        self._count_breaks()
+        return self._item_line
+
+    def _count_breaks(self) -> None:
+        self._item_line += self._text.count("\n", self._counted, self.position)
+        self._counted = self.position
 
     def item(self, index: int, decoder: _RowDecoder) -> Any:
         self._skip_space()
@@ -263,8 +312,9 @@ class _ArrayText:
         if not added:
             return False
         self._line, self._column = self._place(self.position)
+        self._count_breaks()
         self._text = self._text[self.position :] + "".join(added)
-        self.position = 0
+        self.position = self._counted = 0
         return True
 
     def _place(self, position: int) -> tuple[int, int]:
@@ -286,9 +336,10 @@ def array_rows(path: Path, on_bad: OnBadRow) -> Iterator[RawRow]:
     end = text.at("]")
     while not end:
         index += 1
+        line = text.line()
         value = text.item(index, decoder)
         try:
-            row = decoder.row(value, f"{path}: row {index}")
+            row = decoder.row(value, _item_where(path, line, index))
         except DataError as error:
             on_bad(error)
         else:

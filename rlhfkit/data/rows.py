@@ -28,7 +28,8 @@ class Remark:
 class RawRow:
     """One row as its file has it.
 
-    ``where`` is ``file:line`` for JSON lines and CSV, ``file: row N`` for arrays, Parquet and hub data sets.
+    ``where`` is ``file:line`` for JSON lines and CSV, ``file:line (row N)`` for JSON arrays, and ``file: row N`` for
+    Parquet and hub data sets.
     """
 
     where: str

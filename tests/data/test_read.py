@@ -107,10 +107,15 @@ def test_parquet_is_read_over_all_row_groups(tmp_path: Path, packed: bool) -> No
     assert places(path) == [f": row {i}" for i in range(1, 6)]
 
 
-def test_places_are_lines_for_lines_and_row_numbers_for_arrays(tmp_path: Path) -> None:
+def test_places_are_lines_and_for_arrays_row_numbers_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert places(write(tmp_path, "a.jsonl", '\n{"a": 1}\n\n{"a": 2}\n')) == [":2", ":4"]
-    assert places(write(tmp_path, "a.json", '[\n{"a": 1},\n{"a": 2}]')) == [": row 1", ": row 2"]
-    assert places(write(tmp_path, "w.json", '{"rows": [{"a": 1}, {"a": 2}]}')) == [": row 1", ": row 2"]
+    array = '[\n{"a": 1},\n\n {"a": "x\\n",\n"b": 3}, {"a": 4}\n,{"a": [\n]}\n]'
+    lines = [":2 (row 1)", ":4 (row 2)", ":5 (row 3)", ":6 (row 4)"]
+    for size in (1, 3, 1000):
+        monkeypatch.setattr(text, "_CHUNK_BYTES", size)
+        assert places(write(tmp_path, "a.json", array)) == lines
+        wrapped = '{"version": [1,\n{}], "none": null\n, "rows"\n: ' + array + ', "more": "x"}'
+        assert places(write(tmp_path, "w.json", wrapped)) == [f":{int(at[1]) + 3}{at[2:]}" for at in lines]
     # The line is the one on which the row begins, also after cells that hold line breaks.
     assert places(write(tmp_path, "a.csv", 'a,b\n"1\n2",3\n\n4,5\n')) == [":2", ":5"]
 
@@ -376,13 +381,13 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
             "a.json:2: not valid JSON at column 1: Expecting ',' or ']'; the parser saw '{\"a\": 2}]'",
         ),
         ("a.json", '[{"a": 1}]\n[{"a": 2}]', "a.json:2: more text after the end of the array: '[{\"a\": 2}]'"),
-        ("a.json", '[{"a": 1}, 5]', "a.json: row 2: the row is a number, not an object"),
-        ("a.json", '{"data": [{"a": 1}, null]}', "a.json: row 2: the row is null, not an object"),
+        ("a.json", '[{"a": 1}, 5]', "a.json:1 (row 2): the row is a number, not an object"),
+        ("a.json", '{"data": [{"a": 1}, null]}', "a.json:1 (row 2): the row is null, not an object"),
         ("a.jsonl", '{"a": 1}\n["b"]\n', "a.jsonl:2: the row is a list, not an object"),
         ("a.jsonl", '{"a": 1, "b": 2, "a": 3}\n', 'a.jsonl:1: field "a" stands twice in one object'),
-        ("a.json", '[{"m": {"b": 1, "b": 1}}]', 'a.json: row 1: field "b" stands twice in one object'),
+        ("a.json", '[{"m": {"b": 1, "b": 1}}]', 'a.json:1 (row 1): field "b" stands twice in one object'),
         ("a.jsonl", '{"a": NaN}\n', "a.jsonl:1: NaN is not a JSON value"),
-        ("a.json", '[{"a": 1}, {"a": [-Infinity]}]', "a.json: row 2: -Infinity is not a JSON value"),
+        ("a.json", '[{"a": 1}, {"a": [-Infinity]}]', "a.json:1 (row 2): -Infinity is not a JSON value"),
         ("a.jsonl", '{"a": ' + "[" * 100_000 + "\n{}\n", "a.jsonl:1: the JSON is nested too deeply"),
         ("a.csv", "a,b\n1,2,3\n", "a.csv:2: the row has 3 cells, the header 2 (a, b)"),
         ("a.csv", 'a,b\n1,2\n3,"4\n5,6\n', "a.csv:3: not valid CSV: a double quote opened in this row is never closed"),
