@@ -267,20 +267,29 @@ class ChatEncoder:
 
     def _pieces(self, messages: Sequence[Message], *, generation_prompt: bool) -> list[_Piece]:
         begin, middle, end = _sentinels("".join(m.content for m in messages))
-        wrapped = [
-            {"role": message.role, "content": f"{begin}{index}{middle}{content}{end}"}
-            for index, (message, content) in enumerate(zip(messages, self._stripped(messages), strict=True))
-        ]
+
+        def wrap(index: int, text: str) -> str:
+            return f"{begin}{index}{middle}{text}{end}"
+
+        count = len(messages)
+        wrapped = []
+        for index, (message, content) in enumerate(zip(messages, self._stripped(messages), strict=True)):
+            given = {"role": message.role, "content": wrap(index, content)}
+            if message.input:
+                # Beside the whole, for a template that renders them apart; what it does not ask for is not there.
+                given["instruction"] = wrap(count + index, message.instruction)
+                given["input"] = wrap(2 * count + index, message.input)
+            wrapped.append(given)
         rendered = self._render(wrapped, generation_prompt=generation_prompt)
 
         pieces: list[_Piece] = []
-        missing = set(range(len(messages)))
+        found: set[int] = set()
         position = 0
         for match in re.finditer(f"{begin}(\\d+){middle}([^{end}]*){end}", rendered):
             index = int(match.group(1))
-            missing.discard(index)
+            found.add(index)
             pieces += self._split_markup(rendered[position : match.start()])
-            pieces.append(_Piece(match.group(2), role=messages[index].role))
+            pieces.append(_Piece(match.group(2), role=messages[index % count].role))
             position = match.end()
         pieces += self._split_markup(rendered[position:])
         if any(mark in piece.text for piece in pieces for mark in (begin, middle, end)):
@@ -288,10 +297,11 @@ class ChatEncoder:
                 f"the template '{self.template.name}' takes message texts apart, so their bounds are lost",
                 hint="use one of the shipped templates with --template",
             )
+        missing = [i for i in range(count) if i not in found and not {count + i, 2 * count + i} <= found]
         if missing:
             raise TemplateError(
-                f"the template '{self.template.name}' leaves out message {min(missing) + 1} of {len(messages)} "
-                f"({messages[min(missing)].role})",
+                f"the template '{self.template.name}' leaves out message {missing[0] + 1} of {len(messages)} "
+                f"({messages[missing[0]].role})",
                 hint="take the message out of the row, or choose another format with --template",
             )
         return pieces

@@ -367,7 +367,7 @@ def _prompt(fields: Fields, name: str, *, drop_answer: bool = False) -> Conversa
     """
     value = fields[name]
     if name == "instruction":
-        turns: Conversation = (Message("user", _instruction(fields)),)
+        turns: Conversation = (_instruction(fields),)
     elif name == "turns":
         turns = (Message("user", _first_of_turns(value)),)
     elif isinstance(value, str) and name not in ("messages", "conversations"):
@@ -392,15 +392,17 @@ def _without_answer(name: str, messages: Conversation) -> Conversation:
     return kept
 
 
-def _instruction(fields: Fields) -> str:
+def _instruction(fields: Fields) -> Message:
     instruction = text_of("instruction", fields["instruction"])
     value = fields.get("input")
     extra = "" if value is None else text_of("input", value)
     if not extra.strip():
         extra = _first_instance_input(fields.get("instances"))
     if not extra.strip():
-        return instruction
-    return f"{instruction}\n{extra}" if instruction.strip() else extra
+        return Message("user", instruction)
+    if not instruction.strip():
+        return Message("user", extra)
+    return Message("user", f"{instruction}\n{extra}", input=extra)
 
 
 def _first_instance_input(instances: Any) -> str:
@@ -484,7 +486,7 @@ def _answers_to(
         before = _with_system(fields, turns[:-1])
         if before != prompt and not (is_text and not from_transcript and _is_one_turn_of(prompt, before)):
             raise FieldFault(name, "the conversation before its answer is not the prompt")
-        prompts.append(before)
+        prompts.append(prompt if before == prompt else before)  # the row's own knows its input
         answers.append(turns[-1].content)
     if any(other != prompts[0] for other in prompts):
         raise FieldFault(found[-1][0], "the turns before the answers differ, so they do not answer one prompt")

@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, get_args
 
 from rlhfkit import __version__
-from rlhfkit.chat.messages import Message, Role
+from rlhfkit.chat.messages import Message, Role, message_with_input
 from rlhfkit.config.stages import ScoreConfig
 from rlhfkit.errors import ConfigError, RlhfkitError
 from rlhfkit.models.precision import DTYPES, current_device
@@ -216,4 +216,4 @@ def _conversation(prompt: Any, where: str) -> list[Message]:
             raise ValueError(
                 f"{where}[{i}] has the role {message.get('role')!r}; there are {', '.join(get_args(Role))}"
             )
-    return [Message(message["role"], message["content"]) for message in prompt]
+    return [message_with_input(message["role"], message["content"], message.get("input")) for message in prompt]

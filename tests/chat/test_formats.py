@@ -10,6 +10,10 @@ from chat_tokenizers import BAICHUAN1, BAICHUAN2, HOMES, NO_SYSTEM, byte_level, 
 
 from rlhfkit.chat.messages import Conversation, Message
 from rlhfkit.chat.template import ChatEncoder, Template, load_template
+from rlhfkit.data.parse import parse_row
+from rlhfkit.data.records import PromptRecord
+from rlhfkit.data.rows import RawRow
+from rlhfkit.errors import TemplateError
 
 Official = Callable[[Any, Conversation], list[int]]
 
@@ -174,3 +178,52 @@ def test_a_template_of_the_tokenizers_own_gives_the_ids_of_apply_chat_template(t
             [m.as_dict() for m in messages], add_generation_prompt=True, return_dict=False
         )
         assert encoder.encode_prompt(messages) == official, messages
+
+
+PROMPT_DICT = {  # of Stanford Alpaca's train.py
+    "prompt_input": (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+    ),
+    "prompt_no_input": (
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Response:"
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("row", "form"),
+    [
+        ({"instruction": "Hello you", "input": "Hi"}, "prompt_input"),
+        ({"instruction": " Hello\nyou ", "input": "\nHi </s>\n\n### Response:"}, "prompt_input"),
+        ({"instruction": "Hello you", "input": ""}, "prompt_no_input"),
+        ({"instruction": "Hello you"}, "prompt_no_input"),
+    ],
+)
+def test_alpaca_has_both_forms_of_stanford(row: dict[str, str], form: str) -> None:
+    tokenizer = sentencepiece()
+    encoder = ChatEncoder(tokenizer, load_template("alpaca"))
+    asked = parse_row(RawRow("a.json", {**row, "output": "fine"}), "ppo")
+    assert isinstance(asked, PromptRecord)
+    prompt = [tokenizer.bos_token_id, *ids_of(tokenizer, PROMPT_DICT[form].format(**row))]
+    assert encoder.encode_prompt(asked.prompt) == prompt
+    learned = encoder.encode((*asked.prompt, Message("assistant", "fine")))
+    assert learned.ids[: len(prompt)] == prompt
+    assert [i for i, mark in zip(learned.ids, learned.supervised, strict=True) if mark] == learned.ids[len(prompt) :]
+
+
+def test_other_templates_have_the_input_in_the_text() -> None:
+    for name in sorted(set(OFFICIAL) - {"alpaca"}):
+        encoder = ChatEncoder(HOMES[name](), load_template(name))
+        apart, whole = Message("user", "Hello you\nHi", input="Hi"), Message("user", "Hello you\nHi")
+        assert encoder.encode_prompt([apart]) == encoder.encode_prompt([whole])
+
+
+def test_an_input_that_a_template_leaves_out_is_told() -> None:
+    source = "{% for m in messages %}{{ (m['instruction'] or m['content']) + eos_token }}{% endfor %}"
+    encoder = ChatEncoder(sentencepiece(), Template("own", source))
+    with pytest.raises(TemplateError, match=r"the template 'own' leaves out message 1 of 1 \(user\)"):
+        encoder.encode_prompt([Message("user", "Hello you\nHi", input="Hi")])
