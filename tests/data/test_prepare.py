@@ -73,7 +73,7 @@ def sft_rows(count: int = 60) -> list[dict[str, Any]]:
         {"prompt": dicts(turns), "response": f"Fine, 你好 {i} " * (i % 5 + 1)}
         for i, turns in enumerate(random_conversations(3, count))
     ]
-    rows[9] = {"text": "plain text of which every token is learned"}
+    rows[9] = {"text": "plain text of which every token is learned, however long it may be"}
     return rows
 
 
@@ -125,6 +125,7 @@ def test_sft_rows_are_those_of_the_records(encoder: ChatEncoder, processes: bool
     if limit == 60:
         assert report.truncated
         assert report.left_out
+        assert (report.split, report.pieces) == (1, 2)
     order = np.random.default_rng(0).permutation(len(wanted))
     assert all(same(store[i], wanted[i]) for i in order)
     assert all(map(same, store[3:20:4], wanted[3:20:4]))
