@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from rlhfkit.config.blocks import OptimConfig, Optimizer
 from rlhfkit.errors import CheckpointError, ConfigError
+from rlhfkit.words import mark
 
 T = TypeVar("T")
 # Steps in a row that fp16's loss scaler may skip. It halves its scale each time, from 2^16 to 2^-14 by then: gradients
@@ -29,6 +30,7 @@ class SkippedError(Exception):
 class StepResult(NamedTuple):
     loss: float
     grad_norm: float
+    fault: str = ""  # what was NaN or infinite, so that the step was not taken
 
 
 class Optimisation:
@@ -63,7 +65,7 @@ class Optimisation:
         return float(self.scheduler.get_last_lr()[0])
 
     def step(self, micro_batches: Sequence[T], loss_of: Callable[[T], Tensor], spare: T) -> StepResult:
-        """Add up the micro-batches' gradients and take one step.
+        """Add up the micro-batches' gradients and take one step; none if the loss or the gradient is not finite.
 
         Args:
             micro_batches: this process's part of the global batch; may be empty.
@@ -71,12 +73,14 @@ class Optimisation:
             spare: any micro-batch, run for nothing where this process has fewer than another.
 
         Returns:
-            The loss summed over all processes, and the norm of the whole gradient before clipping.
+            The loss summed over all processes, the norm of the whole gradient before clipping, and ``fault`` where one
+            of them is no number: then weights, optimiser and schedule are as they were, and the caller stops the run.
 
         Raises:
             SkippedError: in fp16, one step too many whose gradient is not finite.
         """
         accelerator = self.accelerator
+        deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         self._reserve()
         total = torch.zeros((), device=accelerator.device)
         passes = self.lockstep(micro_batches, spare)
@@ -85,25 +89,40 @@ class Optimisation:
         with self._kept_casts():
             for i, (micro, weight) in enumerate(passes):
                 last = i == len(passes) - 1
-                if accelerator.distributed_type == DistributedType.DEEPSPEED:
+                if deepspeed:
                     accelerator.sync_gradients = last  # its engine clips and steps by itself, in the last backward pass
                 with nullcontext() if last else accelerator.no_sync(self.module):
                     loss = weight * loss_of(micro)
                     total += loss.detach()
+                    if deepspeed and last and not math.isfinite(found := self._sum(total)):
+                        return StepResult(found, math.nan, fault=mark("the loss"))
                     # Processes' gradients are averaged; our losses are parts of one sum.
                     accelerator.backward(loss * accelerator.num_processes)
                     # What is left of its graph lies between the places of what it kept: the next pass would find holes.
                     del loss
         norm = self._clip()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=not self._keeps_gradients)
-        self.scheduler.step()
+        found = self._sum(total)
         grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        if accelerator.scaler is not None:
-            self._skipped = 0 if math.isfinite(grad_norm) else self._skipped + 1
-            if self._skipped == MOST_SKIPPED:
-                raise SkippedError
-        return StepResult(float(accelerator.reduce(total, reduction="sum")), grad_norm)
+        fault = "" if math.isfinite(found) else mark("the loss")
+        if not fault and not math.isfinite(grad_norm):
+            # With a loss scaler (fp16) an infinite gradient is how it finds its limit: it skips the step by itself.
+            if accelerator.scaler is None:
+                fault = mark("the gradient")
+            else:
+                self._skipped += 1
+        elif not fault:
+            self._skipped = 0
+        if not fault:
+            self.optimizer.step()
+            self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=not self._keeps_gradients)
+        if self._skipped == MOST_SKIPPED:
+            raise SkippedError
+        return StepResult(found, grad_norm, fault)
+
+    def _sum(self, value: Tensor) -> float:
+        """A number added up over all processes."""
+        return float(self.accelerator.reduce(value, reduction="sum"))
 
     def pass_over(self, steps: int) -> None:
         """Move the learning rate on by steps of the schedule that are not taken."""

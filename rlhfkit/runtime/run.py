@@ -326,9 +326,13 @@ class Run:
         bad = [k for k in ("loss", "grad_norm") if not math.isfinite(record[k])]
         if self.precision == "fp16" and bad == ["grad_norm"]:
             return  # the loss scaler found its limit and skipped the step; that is its way of working
+        self._refuse(bad, record["step"])
+
+    def _refuse(self, bad: Sequence[str], step: int) -> None:
+        """Stop if there is any such number. Where the loop is our own, it has stopped before, naming rows."""
         if bad:
             raise NonFiniteError(
-                f"{' and '.join(bad)} at step {record['step']} is not finite ({self._last_checkpoint()})",
+                f"{' and '.join(bad)} at step {step} is not finite ({self._last_checkpoint()})",
                 hint="lower --lr, or compute in another format: --precision bf16 or fp32",
             )
 
@@ -336,12 +340,12 @@ class Run:
         folders = checkpoint_folders(self.out)
         return f"the last good checkpoint is {folders[-1]}" if folders else "there is no checkpoint yet"
 
-    def not_finite(self, what: str, step: int, rows: Sequence[str]) -> NonFiniteError:
+    def not_finite(self, what: str, step: int, rows: Sequence[str], hint: str = "") -> NonFiniteError:
         """The error of a step in which ``what`` is NaN or infinite at these rows of the data."""
         shown = ", ".join(rows[:3]) + (f" and {len(rows) - 3} more" if len(rows) > 3 else "")
         return NonFiniteError(
             f"{what} is not finite at step {step}, row {shown} ({self._last_checkpoint()})",
-            hint="lower --lr, or compute in another format: --precision bf16 or fp32",
+            hint=hint or "lower --lr, or compute in another format: --precision bf16 or fp32",
         )
 
     def _anyone_interrupted(self) -> bool:
@@ -359,7 +363,13 @@ class Run:
     # -- records -----------------------------------------------------------------------------------------------------
 
     def record(self, metrics: dict[str, Any]) -> None:
-        """Append a line to metrics.jsonl and hand the numbers to the trackers."""
+        """Append a line to metrics.jsonl and hand the numbers to the trackers.
+
+        Raises:
+            NonFiniteError: an evaluation gave NaN or infinity.
+        """
+        evaluated = {k: v for k, v in metrics.items() if k.startswith("eval_") and isinstance(v, float)}
+        self._refuse([k for k, v in evaluated.items() if not math.isfinite(v)], metrics.get("step", self.step))
         self._last |= {k: v for k, v in metrics.items() if k != "event"}
         self._append(metrics)
         numbers = {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and k != "step"}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from itertools import chain, islice
+from itertools import accumulate, chain, islice, pairwise, repeat
 from typing import Any, NamedTuple
 
 from rlhfkit.chat.messages import Conversation, last_user_text
@@ -14,8 +14,8 @@ from rlhfkit.config.blocks import RewardsBlock
 from rlhfkit.config.stages import StageConfig
 from rlhfkit.data.prepare import Recipe, prepare_prompts, prepare_rows
 from rlhfkit.data.records import SftRecord
-from rlhfkit.data.sources import Place, SourceReport, locate, mix, parse_items, parse_source
-from rlhfkit.data.tokenize import TokenReport, refuse_none
+from rlhfkit.data.sources import Mixed, Place, SourceReport, locate, mix, parse_items, parse_source
+from rlhfkit.data.tokenize import TokenReport, make_rows, refuse_none
 from rlhfkit.errors import ConfigError, DataError, TemplateError
 from rlhfkit.models.folder import ModelSource, open_model
 from rlhfkit.models.kernels import refuse_kernels
@@ -51,8 +51,57 @@ def open_text_side(config: StageConfig) -> tuple[ModelSource, TextSide]:
     return source, text
 
 
+class SourceRows(Mixed[Any]):
+    """Rows of several sources as one sequence, as `mix` has them, that knows where each row came from.
+
+    Args:
+        sources: of each its name, its place and its rows.
+        weights: how often the rows of each are used.
+        seed: of the draw that weights may ask for.
+        recipe: how the rows were made.
+        one_each: whether every record became one row: none left out, none split.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[str, Place, Sequence[Any]]],
+        weights: Sequence[float],
+        seed: int,
+        recipe: Recipe,
+        *,
+        one_each: bool,
+    ) -> None:
+        super().__init__([rows for _, _, rows in sources], weights, seed)
+        self._sources, self._recipe, self._one_each = sources, recipe, one_each
+        self._starts = [0, *accumulate(len(rows) for _, _, rows in sources)]
+        # Mixed like the rows themselves: the number of each among those of all sources.
+        self._numbers = mix([range(a, b) for a, b in pairwise(self._starts)], weights, seed)
+
+    def places(self, indices: Iterable[int]) -> list[str]:
+        """Where the records of some rows stand, as ``file:line``. The files are read again for it: rows are many, and
+        this is asked once, when something is wrong with one."""
+        numbers = {self._numbers[i] for i in indices}
+        found: list[str] = []
+        for (name, place, _), (start, end) in zip(self._sources, pairwise(self._starts), strict=True):
+            wanted = {n - start for n in numbers if start <= n < end}
+            records = islice(self._record_of_each_row(name, place), max(wanted, default=-1) + 1)
+            found += [record.where for n, record in enumerate(records) if n in wanted]
+        return found
+
+    def _record_of_each_row(self, name: str, place: Place) -> Iterator[Any]:
+        stage, encoder, limit = self._recipe.stage, self._recipe.encoder, self._recipe.limit
+        for record in parse_items(place.items(), stage, "skip", SourceReport(name)):
+            made = 1
+            if not self._one_each:
+                try:
+                    made = len(make_rows(stage, record, encoder, limit, TokenReport()))
+                except TemplateError:  # left out as a bad row, then as now
+                    made = 0
+            yield from repeat(record, made)
+
+
 class DataRows(NamedTuple):
-    rows: Sequence[Any]
+    rows: SourceRows
     digest: str
     faults: list[str]  # what became of rows that are not used, or not whole: sentences for the report
 
@@ -67,10 +116,11 @@ def read_rows(config: StageConfig, specs: Sequence[str], text: TextSide, screen:
     """
     stage: Any = config.row_kind  # a Literal of `rlhfkit.data.parse`
     recipe = Recipe(stage, text.encoder, config.row_limit, config.data.on_bad_row)
-    groups: list[Sequence[Any]] = []
+    sources: list[tuple[str, Place, Sequence[Any]]] = []
     report = TokenReport()
     digest = hashlib.sha256()
     faults: list[str] = []
+    skipped = 0
     for name, place in _places([*specs, *config.data.eval])[: len(specs)]:
         counting = partial(screen.counting, f"tokenising {tr(what)} rows of {name}")
         if stage == "ppo":
@@ -79,28 +129,30 @@ def read_rows(config: StageConfig, specs: Sequence[str], text: TextSide, screen:
             for row in prompts:
                 said = [[m.content for m in row.record.prompt], dict(row.record.columns)]
                 digest.update(json.dumps(said, sort_keys=True, default=str).encode())
-            groups.append(prompts)
+            sources.append((name, place, prompts))
         else:
             store = prepare_rows(name, place, recipe, counting, screen.line)
             source, tokens = store.source, store.tokens
             say_source(screen, source, ", token rows from the cache" if store.cached else "")
             digest.update(store.digest.encode())
-            groups.append(store)
+            sources.append((name, place, store))
         report.extend(tokens)
+        skipped += source.rows_skipped
         if source.rows_skipped:
             faults.append(f"{source.name}: {source.rows_skipped:,} rows were skipped (first: {source.reasons[0]})")
         faults += source.sentences()
     weights = [parse_source(spec).weight if what == "training" else 1.0 for spec in specs]
-    for spec, group, weight in zip(specs, groups, weights, strict=True):
+    for spec, (_, _, group), weight in zip(specs, sources, weights, strict=True):
         if len(group) and not round(weight * len(group)):
             raise DataError(
                 f"the data source {spec}: {weight:g} of its {len(group):,} rows is no row",
                 hint="give a larger weight, or leave the source out",
             )
-    rows = mix(groups, weights, config.run.seed)
+    one_each = not (report.left_out or report.split or skipped)
+    rows = SourceRows(sources, weights, config.run.seed, recipe, one_each=one_each)
     say_report(screen, what, report)
     if specs:
-        refuse_none(sum(map(len, groups)), report)
+        refuse_none(sum(len(group) for _, _, group in sources), report)
     if any(weight != 1 for weight in weights):
         screen.line(f"  by the weights of their sources {len(rows):,} rows an epoch")
     return DataRows(rows, digest.hexdigest(), faults + report.sentences())

@@ -21,13 +21,16 @@ from rlhfkit.config.stages import RmConfig
 from rlhfkit.data.batch import BatchOrder, share
 from rlhfkit.data.packing import Packed, Tree, group_by_tokens
 from rlhfkit.data.tokenize import PairRow
+from rlhfkit.errors import NonFiniteError
 from rlhfkit.models.save import save_model
 from rlhfkit.models.scoring import POOLING, collate_conversations
 from rlhfkit.models.wrappers import RewardModel
 from rlhfkit.runtime.optim import Optimisation
 from rlhfkit.runtime.run import Run, StageResult, finished_result, start_run
-from rlhfkit.stages.common import load_for_training, open_text_side, read_rows
+from rlhfkit.stages.common import SourceRows, load_for_training, open_text_side, read_rows
+from rlhfkit.stages.finite import not_finite
 from rlhfkit.stages.reward_report import write_evaluation
+from rlhfkit.words import mark
 
 SHOWN = ("loss", "accuracy", "margin", "eval_accuracy", "lr", "tokens_per_second")
 STATISTICS_ROWS = 512  # training pairs that give mean and std of the score when no held-out pairs are given
@@ -79,16 +82,28 @@ def run(config: RmConfig) -> StageResult:
     update = Optimisation(run.accelerator, RewardModel(loaded.model), config.optim, total)
     run.begin(update.load_state_dict)
 
-    def scores_of(pairs: Sequence[PairRow]) -> Scored:
-        spare = collate_pairs(pairs[:1], run.device)
-        return score_pairs(update.module, update.lockstep(pair_batches(pairs, run), spare=spare))
-
     latest: list[Scored] = []  # of the held-out pairs
+
+    def fault_in(what: str, step: int, rows: SourceRows, indices: Sequence[int]) -> NonFiniteError:
+        def scores(at: int) -> Tensor:
+            one = collate_pairs([rows[indices[at]]], run.device)
+            found: Tensor = update.module(one.tokens, one.last)
+            return found
+
+        return not_finite(what, step, rows, indices, scores, run, update)
+
+    def scores_of(pairs: SourceRows, count: int) -> Scored:
+        """Of the first pairs."""
+        spare = collate_pairs(pairs[:1], run.device)
+        scored = score_pairs(update.module, update.lockstep(pair_batches(pairs[:count], run), spare=spare))
+        if any(run.sum_over_processes([sum(float((~scores.isfinite()).sum()) for _, scores in scored)])):
+            raise fault_in(mark("the score"), run.step, pairs, range(count))
+        return scored
 
     def evaluate() -> dict[str, Any]:
         if not held_out:
             return {}
-        latest[:] = [scores_of(held_out)]
+        latest[:] = [scores_of(held_out, len(held_out))]
         return held_out_metrics(latest[0], len(held_out), config, run)
 
     if run.step == 0 and held_out:
@@ -100,18 +115,23 @@ def run(config: RmConfig) -> StageResult:
     update.module.train()
     with run.steps("rm", total) as steps:
         for step in steps:
-            batch = [rows[i] for i in order.batch(step)]
+            indices = order.batch(step)
+            batch = [rows[i] for i in indices]
             sums: list[PairSums] = []
 
             def loss_of(micro: PairBatch, n: int = len(batch), sums: list[PairSums] = sums) -> Tensor:
                 scores = update.module(micro.tokens, micro.last)
                 sums.append(pair_sums(scores.detach(), micro))
                 losses = _losses(scores, micro, config, config.rm.label_smoothing)
-                return (losses * micro.weight).sum() / n
+                loss = (losses * micro.weight).sum() / n
+                # An infinite score may have a loss of 0.
+                return torch.where(scores.isfinite().all(), loss, torch.nan)
 
             mine = pair_batches(batch, run)
             lr = update.lr
             result = update.step(mine, loss_of, spare=collate_pairs(batch[:1], run.device))
+            if result.fault:
+                raise fault_in(result.fault, step, rows, indices)
             means = _means(
                 [sum(values) for values in zip(*sums[: len(mine)], strict=True)] or [0.0] * 4, len(batch), run
             )
@@ -127,7 +147,8 @@ def run(config: RmConfig) -> StageResult:
 
     # 4. Mean and spread of the scores belong to the model: whoever uses it needs them. The last step was evaluated,
     # unless a run is resumed that had only this left to do.
-    scored = latest[0] if latest else scores_of(held_out or rows[:STATISTICS_ROWS])
+    some = (held_out, len(held_out)) if held_out else (rows, min(STATISTICS_ROWS, len(rows)))
+    scored = latest[0] if latest else scores_of(*some)
     record = score_record(scored, config, run, held_out=bool(held_out))
     return run.finish(lambda folder: save_model(folder, run.accelerator, update.module, loaded, "rm", record))
 

@@ -6,6 +6,7 @@ micro-batches nor processes change it (transformers#34191 tells what happens oth
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,11 +16,21 @@ from torch import Tensor
 
 from rlhfkit.config.stages import SftConfig
 from rlhfkit.data.batch import BatchOrder, TokenBatch, TokenRow, collate, micro_batches, share
+from rlhfkit.errors import NonFiniteError
 from rlhfkit.models.save import save_model
 from rlhfkit.models.wrappers import LanguageModel
 from rlhfkit.runtime.optim import Optimisation
 from rlhfkit.runtime.run import StageResult, finished_result, start_run
-from rlhfkit.stages.common import first_prompts, load_for_training, open_text_side, read_rows, write_answers
+from rlhfkit.stages.common import (
+    SourceRows,
+    first_prompts,
+    load_for_training,
+    open_text_side,
+    read_rows,
+    write_answers,
+)
+from rlhfkit.stages.finite import not_finite
+from rlhfkit.words import mark
 
 SHOWN = ("loss", "eval_loss", "lr", "grad_norm", "tokens_per_second")
 
@@ -55,6 +66,15 @@ def run(config: SftConfig) -> StageResult:
         mine = share(batch, run.rank, run.world)
         return [collate(rows).to(run.device) for rows in micro_batches(mine, run.micro_batch_tokens)]
 
+    def fault_in(
+        what: str, step: int, origin: SourceRows, indices: Sequence[int], batch: Sequence[TokenRow]
+    ) -> NonFiniteError:
+        def logprobs(at: int) -> Tensor:
+            found: Tensor = update.module(collate([batch[at]]).to(run.device)).logprobs
+            return found
+
+        return not_finite(what, step, origin, indices, logprobs, run, update)
+
     @torch.no_grad()
     def evaluate() -> dict[str, Any]:
         if not held_out:
@@ -64,6 +84,9 @@ def run(config: SftConfig) -> StageResult:
         passes = update.lockstep(passes_over(held_out), spare)
         loss = sum(weight * float(-update.module(micro).logprobs.sum()) for micro, weight in passes)
         (loss,) = run.sum_over_processes([loss])
+        if not math.isfinite(loss):
+            every = range(len(held_out))
+            raise fault_in(mark("the loss of held-out rows"), run.step, held_out, every, held_out)
         write_answers(run, loaded.model, text, asked, config.data.max_length)
         update.module.train()
         return {"eval_loss": loss / sum(row.targets for row in held_out)}
@@ -78,7 +101,8 @@ def run(config: SftConfig) -> StageResult:
     with run.steps("sft", total) as steps:
         for step in steps:
             # Seeds of the noise, if there is any: of the row's place in this step.
-            batch = [replace(rows[i], noise=(config.run.seed, step, at)) for at, i in enumerate(order.batch(step))]
+            indices = order.batch(step)
+            batch = [replace(rows[i], noise=(config.run.seed, step, at)) for at, i in enumerate(indices)]
             targets = sum(row.targets for row in batch)  # of the whole batch, on every process
             lr = update.lr
 
@@ -87,6 +111,8 @@ def run(config: SftConfig) -> StageResult:
 
             spare = collate(batch[:1]).to(run.device)
             result = update.step(passes_over(batch), loss_of, spare)
+            if result.fault:
+                raise fault_in(result.fault, step, rows, indices, batch)
             metrics = {"loss": result.loss, "lr": lr, "grad_norm": result.grad_norm, "tokens": targets}
             run.finish_step(step, total, metrics, shown=SHOWN, state=update.state_dict, evaluate=evaluate)
 

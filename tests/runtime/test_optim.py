@@ -98,7 +98,7 @@ def test_gradients_and_states_stay_in_one_place_and_nothing_else_changes(
     steps: list[list[int]] = []
     for _ in range(3):
         found, expected = one_step(mine), one_step(theirs)
-        assert found == pytest.approx(expected, rel=1e-5)
+        assert found[:2] == pytest.approx(expected[:2], rel=1e-5)
         steps.append(places())
         assert all(not p.grad.any() for p in parameters)
     assert steps[0] == steps[1] == steps[2]
@@ -153,3 +153,24 @@ def test_nothing_of_a_pass_is_left_when_the_next_begins(
     update.step(batches(), loss_of, batches()[0])
     assert len(parts) == 3
     assert left == [0, 0, 0]
+
+
+@pytest.mark.parametrize("spoiled", [0, 2])
+def test_a_step_without_a_number_changes_nothing(
+    tiny_model: Path, settings: Callable[..., dict[str, Any]], sft_file: Path, spoiled: int
+) -> None:
+    """Neither weights nor the optimiser's states nor the schedule: what follows is as if it had not been."""
+    run = begun(tiny_model, settings, sft_file)
+    update, clean = update_of(run, tiny_model), update_of(run, tiny_model)
+
+    def loss_of(micro: TokenBatch) -> Tensor:
+        loss: Tensor = -update.module(micro).logprobs.sum() / 50
+        return loss * torch.inf if len(micro.tokens.input_ids) == (9, 30, 14)[spoiled] else loss
+
+    one_step(update), one_step(clean)
+    before, lr = {n: p.clone() for n, p in update.module.named_parameters()}, update.lr
+    result = update.step(batches(), loss_of, batches()[0])
+    assert result.fault == "the loss"
+    assert all(torch.equal(p, before[n]) for n, p in update.module.named_parameters())
+    assert update.lr == lr
+    assert one_step(update) == one_step(clean)
