@@ -9,6 +9,7 @@ import typer
 
 from rlhfkit.cli.application import as_command, use_endpoint
 from rlhfkit.cli.options import family_names, one_of
+from rlhfkit.errors import ConfigError
 from rlhfkit.words import tr
 
 
@@ -40,6 +41,8 @@ def fix_checkpoint(
 
       rlhfkit fix-checkpoint ./Qwen-7B ./my-finetune --safetensors --pad-vocab 64
     """
+    if dry_run and yes:
+        raise ConfigError("--yes has no effect with --dry-run, which asks nothing", hint="give one of them")
     from rlhfkit.stages import fix_checkpoint as stage
 
     stage.run(
@@ -156,8 +159,14 @@ def init(
         str, typer.Option("--model", help="Folder or hub id; the family's largest that fits if not given.")
     ] = "",
     family: Annotated[
-        str, typer.Option("--family", help="Whose models to choose from.", autocompletion=lambda: family_names()[1:])
-    ] = "qwen",
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--family",
+            help="Whose models to choose from.",
+            show_default="qwen",
+            autocompletion=lambda: family_names()[1:],
+        ),
+    ] = None,
     memory: Annotated[float, typer.Option("--memory", min=1, help="GiB that the GPU, or the machine, has.")] = 24.0,
     out: Annotated[
         Optional[Path],  # noqa: UP045
@@ -175,9 +184,13 @@ def init(
 
       rlhfkit init rm --family llama --memory 8
     """
+    if model and family:
+        raise ConfigError("--family has no effect with --model, which is chosen already", hint="give one of them")
     from rlhfkit.stages import init as stage_init
 
-    recipe, schema = stage_init.run(stage, model=model, family=family, memory_gib=memory, out=out, force=force)
+    recipe, schema = stage_init.run(
+        stage, model=model, family=family or "qwen", memory_gib=memory, out=out, force=force
+    )
     plan = " --plan" if stage in ("sft", "rm", "ppo") else ""  # what TRL holds is not known beforehand
     print(tr(f"{recipe}\n{schema}\nnext: rlhfkit {stage} {recipe}{plan}"))
 

@@ -41,7 +41,7 @@ def _inspect_command() -> None:
         from rlhfkit.stages import inspect as stage
 
         rows = given["rows"]
-        if given["as_json"] and rows:
+        if given["as_json"] and rows is not None:
             raise ConfigError("--rows has no effect with --json, which prints counts alone", hint="give one of them")
         hurting = stage.run(
             config,
@@ -116,7 +116,10 @@ def _inspect_config(stage: str | None, recipe: str | None, flags: dict[str, Any]
             f"there is no stage '{named}' that trains on rows", hint=f"give --stage with one of {', '.join(TRAINED)}"
         )
     if limits and named is not None and TRAINED[named]().rollouts is None:
-        raise ConfigError(f"{limits[0]}: has no effect on {named} rows", hint="leave it out, or give --stage ppo")
+        raise ConfigError(
+            "\n".join(f"{path}: has no effect on {named} rows" for path in limits),
+            hint="leave it out, or give --stage ppo",
+        )
 
     def load(name: str) -> Any:
         said = {path.replace("ppo.", f"{name}."): value for path, value in flags.items()}

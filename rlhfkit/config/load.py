@@ -138,8 +138,8 @@ def _without_effect(config: Block, said: Collection[str]) -> list[Problem]:
     """
     found = []
     for path, why in config.without_effect.items():
-        block, _, name = path.partition(".")
-        if path in said or changed(getattr(config, block), name):
+        block, _, name = path.rpartition(".")
+        if path in said or changed(getattr(config, block) if block else config, name):
             found.append((path, why))
     return found
 

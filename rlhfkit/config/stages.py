@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import ClassVar, Literal
 
@@ -24,6 +24,7 @@ from rlhfkit.config.blocks import (
     SftBlock,
 )
 from rlhfkit.config.rewards import RewardSpec, parse_reward
+from rlhfkit.config.sources import parse_source
 from rlhfkit.config.trl import (
     REFUSED,
     DpoBlock,
@@ -62,21 +63,13 @@ class StageConfig(Block):
             found.append(("model.path", "no model is given; say --model FOLDER_OR_HUB_ID"))
         if not self.data.train:
             found.append(("data.train", "no data is given; say --data FILE"))
-        if self.lora.rank == 0:
-            for name in ("alpha", "targets"):
-                if changed(self.lora, name):
-                    found.append((f"lora.{name}", "has no effect while lora.rank is 0; set --lora-rank"))
-            if self.model.quantize != "none":
-                found.append(
-                    (
-                        "model.quantize",
-                        f"{self.model.quantize} weights cannot be trained; set --lora-rank to train adapters",
-                    )
-                )
+        found += _source_problems("data.train", self.data.train)
+        found += _source_problems("data.eval", self.data.eval, "has no effect: held-out rows count once each")
+        if self.lora.rank == 0 and self.model.quantize != "none":
+            words = f"{self.model.quantize} weights cannot be trained; set --lora-rank to train adapters"
+            found.append(("model.quantize", words))
         if self.optim.kernels == "liger" and find_spec("liger_kernel") is None:
             found.append(("optim.kernels", "liger-kernel is not installed: pip install liger-kernel"))
-        if self.run.eval_every and not self.data.eval:
-            found.append(("run.eval_every", "has no effect without held-out rows; give --eval-data"))
         if "none" in self.run.trackers and len(self.run.trackers) > 1:
             found.append(("run.trackers", "'none' stands beside other trackers; leave one of them out"))
         for name in self.run.trackers:
@@ -84,6 +77,19 @@ class StageConfig(Block):
                 found.append(("run.trackers", f"'{name}' is no tracker; there are {', '.join(TRACKERS)} and none"))
             elif name != "none" and find_spec(name) is None:
                 found.append(("run.trackers", f"'{name}' is not installed: pip install {name}"))
+        return found
+
+    @property
+    def without_effect(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        if self.lora.rank == 0:
+            found |= dict.fromkeys(
+                ("lora.alpha", "lora.targets"), "has no effect while lora.rank is 0; set --lora-rank"
+            )
+        if not self.data.eval:
+            found["run.eval_every"] = "has no effect without held-out rows; give --eval-data"
+        if self.run.view in ("quiet", "json"):
+            found["run.log_every"] = f"has no effect with run.view '{self.run.view}', which shows no lines of steps"
         return found
 
     @property
@@ -131,7 +137,7 @@ class SftConfig(StageConfig):
 
     @property
     def without_effect(self) -> dict[str, str]:
-        return _left_out_by_trl(self)
+        return super().without_effect | _left_out_by_trl(self)
 
 
 class RmConfig(StageConfig):
@@ -146,7 +152,9 @@ class RmConfig(StageConfig):
 
     @property
     def without_effect(self) -> dict[str, str]:
-        return _left_out_by_trl(self, {"rm.label_smoothing": "TRL's RewardTrainer has no label smoothing"})
+        return super().without_effect | _left_out_by_trl(
+            self, {"rm.label_smoothing": "TRL's RewardTrainer has no label smoothing"}
+        )
 
 
 def _left_out_by_trl(config: StageConfig, more: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -200,28 +208,41 @@ class PpoConfig(StageConfig):
                 )
         elif ppo.rollout_size % min(batch, ppo.rollout_size):
             found.append(("optim.batch_size", f"{batch} does not divide ppo.rollout_size {ppo.rollout_size}"))
-        if ppo.advantage != "gae":
-            for name in ("value_model", "value_coef", "value_cliprange", "gamma", "lam", "whiten_advantages"):
-                if changed(ppo, name):
-                    found.append(
-                        (f"ppo.{name}", f"has no effect with advantage '{ppo.advantage}', which needs no value model")
-                    )
-            if ppo.samples_per_prompt < 2:
-                found.append(("ppo.samples_per_prompt", f"'{ppo.advantage}' compares samples: give at least 2"))
+        if ppo.advantage != "gae" and ppo.samples_per_prompt < 2:
+            found.append(("ppo.samples_per_prompt", f"'{ppo.advantage}' compares samples: give at least 2"))
         if ppo.advantage == "grpo" and ppo.kl_estimator == "k1":
             found.append(
                 ("ppo.kl_estimator", "k1 has no gradient on average, and grpo's KL is in the loss; give k2 or k3")
             )
         if ppo.kl_target and ppo.kl_horizon < ppo.rollout_size:
             found.append(("ppo.kl_horizon", f"{ppo.kl_horizon} is less than ppo.rollout_size {ppo.rollout_size}"))
-        if changed(ppo, "eval_samples") and not self.data.eval:
-            found.append(("ppo.eval_samples", "has no effect without held-out prompts; give --eval-data"))
-        if not ppo.kl_target and changed(ppo, "kl_horizon"):
-            found.append(("ppo.kl_horizon", "has no effect while ppo.kl_target is 0"))
         if ppo.kl_target and not ppo.kl_coef:
             found.append(("ppo.kl_target", "has no effect on a KL weight that starts at 0; set --kl-coef"))
         if ppo.value_model == "adapter" and self.lora.rank == 0:
             found.append(("ppo.value_model", "'adapter' puts the value function on a LoRA base: set --lora-rank"))
+        return found
+
+    @property
+    def without_effect(self) -> dict[str, str]:
+        ppo = self.ppo
+        found = super().without_effect | _idle_in_rollouts(self, ppo)
+        if not self.data.eval:
+            found["ppo.eval_samples"] = "has no effect without held-out prompts; give --eval-data"
+        if not ppo.kl_target:
+            found["ppo.kl_horizon"] = "has no effect while ppo.kl_target is 0"
+        if not ppo.kl_coef:
+            found["ppo.kl_estimator"] = "has no effect while ppo.kl_coef is 0; metrics always have k1"
+        if not ppo.value_coef:
+            found["ppo.value_cliprange"] = "has no effect while ppo.value_coef is 0"
+        if ppo.ppo_epochs == 1:
+            found["ppo.early_stop_kl"] = "has no effect with one pass over each rollout"
+            if self.minibatch_size == ppo.rollout_size:
+                words = "has no effect with one step on each rollout: nothing has moved before it"
+                found |= dict.fromkeys(("ppo.cliprange", "ppo.value_cliprange"), words)
+        if ppo.advantage != "gae":
+            words = f"has no effect with advantage '{ppo.advantage}', which needs no value model"
+            names = ("value_model", "value_coef", "value_cliprange", "gamma", "lam", "whiten_advantages")
+            found |= {f"ppo.{name}": words for name in names}
         return found
 
     @property
@@ -258,18 +279,37 @@ def _rollout_problems(config: StageConfig, block: RolloutBlock) -> list[Problem]
     names = [spec.name for spec in specs]
     if twice := sorted({spec.label for spec in specs if names.count(spec.name) > 1}):
         found.append((f"{stage}.reward", f"{twice[0]} is given twice; give it once, with the sum of the weights"))
-    if all(spec.kind != "url" for spec in specs):
-        for name in ("reward_timeout", "reward_retries"):
-            if changed(block, name):
-                found.append((f"{stage}.{name}", "has no effect without a reward that is a URL"))
-    if block.episodes and changed(config.optim, "epochs"):
-        found.append((f"{stage}.episodes", "stands beside optim.epochs; give one of them"))
     prompt, new = block.max_prompt_length, block.max_new_tokens
     if most <= new:
         found.append(("data.max_length", f"{most} leaves no room for a prompt beside {new} new tokens"))
     elif changed(block, "max_prompt_length") and prompt > most - new:
         words = f"{prompt} and {new} new tokens do not fit in data.max_length {most}"
         found.append((f"{stage}.max_prompt_length", words))
+    return found
+
+
+def _idle_in_rollouts(config: StageConfig, block: RolloutBlock) -> dict[str, str]:
+    """What has no effect in a stage that samples."""
+    found: dict[str, str] = {}
+    if not any(text.lower().startswith(("http://", "https://")) for text in block.reward):
+        names = (f"{config.stage}.reward_timeout", f"{config.stage}.reward_retries")
+        found |= dict.fromkeys(names, "has no effect without a reward that is a URL")
+    if block.episodes:
+        found["optim.epochs"] = f"has no effect beside {config.stage}.episodes; give one of them"
+    return found
+
+
+def _source_problems(path: str, specs: Sequence[str], weight_is_idle: str = "") -> list[Problem]:
+    """What is wrong with the names of data sources, and with a weight where it would change nothing."""
+    found: list[Problem] = []
+    for spec in specs:
+        try:
+            source = parse_source(spec)
+        except ConfigError as error:
+            found.append((path, f"{error.message}; {error.hint}"))
+        else:
+            if weight_is_idle and source.name != spec:
+                found.append((path, f"the weight of {spec} {weight_is_idle}; leave it out"))
     return found
 
 
@@ -290,11 +330,12 @@ class DpoConfig(TrlConfig):
     optim: PreferenceOptimConfig = PreferenceOptimConfig()
     dpo: DpoBlock = DpoBlock()
 
-    def problems(self) -> list[Problem]:
-        found = super().problems()
-        if self.dpo.label_smoothing and self.dpo.loss != "robust":
-            found.append(("dpo.label_smoothing", f"has no effect on the loss '{self.dpo.loss}'; give --loss robust"))
-        return found
+    @property
+    def without_effect(self) -> dict[str, str]:
+        if self.dpo.loss == "robust":
+            return super().without_effect
+        words = f"has no effect on the loss '{self.dpo.loss}'; give --loss robust"
+        return super().without_effect | {"dpo.label_smoothing": words}
 
     @property
     def row_kind(self) -> str:
@@ -328,6 +369,10 @@ class OnlineConfig(TrlConfig):
     @property
     def row_kind(self) -> str:
         return "ppo"
+
+    @property
+    def without_effect(self) -> dict[str, str]:
+        return super().without_effect | _idle_in_rollouts(self, self.rollouts)
 
     def problems(self) -> list[Problem]:
         found = super().problems()
@@ -370,14 +415,21 @@ class GenerateConfig(GenerateBlock):
             found.append(("model", "no model is given; say --model FOLDER_OR_HUB_ID"))
         if self.prompt and self.input:
             found.append(("prompt", "stands beside input; give one of them"))
-        if self.output and not self.input:
-            found.append(("output", "has no effect without input; give --input FILE"))
         if self.input and not self.output:
             found.append(("output", "is missing; say where the answers go with --output FILE"))
-        if self.temperature == 0 and self.top_p < 1:
-            found.append(("top_p", "has no effect at temperature 0"))
-        if not self.input and changed(self, "batch_size"):
-            found.append(("batch_size", "has no effect without input"))
+        if self.input:
+            found += _source_problems("input", [self.input], "has no effect: each prompt is answered once")
+        return found
+
+    @property
+    def without_effect(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        if self.input:
+            found["stream"] = "has no effect with input, whose answers go to a file"
+        else:
+            found |= dict.fromkeys(("output", "batch_size"), "has no effect without input; give --input FILE")
+        if self.temperature == 0:
+            found |= dict.fromkeys(("top_p", "seed"), "has no effect at temperature 0")
         return found
 
     @property
@@ -397,6 +449,7 @@ class ScoreConfig(ScoreBlock):
             found.append(("model", "no reward model is given; say --model FOLDER_OR_HUB_ID"))
         if not self.data:
             found.append(("data", "no data is given; say --data FILE"))
+        found += _source_problems("data", self.data, "has no effect: each row is scored once")
         if 0 < self.max_length < 8:
             found.append(("max_length", f"{self.max_length} tokens hold no conversation; give at least 8, or 0"))
         return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import re
 from bisect import bisect_right
@@ -19,11 +18,12 @@ import yaml
 from numpy.typing import NDArray
 
 from rlhfkit.config.load import OnceLoader
+from rlhfkit.config.sources import parse_source
 from rlhfkit.data.parse import Stage, fault_kind, fault_place, likely_stage, parse_row
 from rlhfkit.data.read import Content, content_of, has_data_suffix, missing_path, read_rows
 from rlhfkit.data.records import REASONS_KEPT, Record, Tally
 from rlhfkit.data.rows import OnBadRow, OnRemark, RawRow, Remark
-from rlhfkit.errors import ConfigError, DataError
+from rlhfkit.errors import DataError
 
 T = TypeVar("T")
 OnBad = Literal["error", "skip"]
@@ -35,14 +35,6 @@ DEFAULT_ENDPOINT = "https://huggingface.co"
 ROWS_LOOKED_AT = 100  # to find out what a source is for
 
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(/(?P<config>[^/:]+))?(:(?P<split>.+))?")
-
-
-@dataclass(frozen=True)
-class DataSource:
-    """One data source as the user named it; ``weight`` is how often its rows are used, 1 being once each."""
-
-    name: str
-    weight: float = 1.0
 
 
 @dataclass
@@ -100,30 +92,6 @@ class LoadReport:
     """One report per source, in the order given."""
 
     sources: list[SourceReport] = field(default_factory=list)
-
-
-def parse_source(spec: str) -> DataSource:
-    """A source from ``name`` or ``name=weight``; an existing path that holds a ``=`` is taken whole.
-
-    Raises:
-        ConfigError: the weight is not a number above 0, or the name is missing.
-    """
-    name, equals, weight = spec.rpartition("=")
-    if not equals or Path(spec).expanduser().exists():
-        name, weight = spec, "1"
-    if not name:
-        raise ConfigError(f'the data source "{spec}" has no name', hint="write path, or path=weight")
-    try:
-        value = float(weight)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise ConfigError(
-            f'the data source "{spec}": its weight "{weight}" is not a number above 0, '
-            "and there is no file of the whole name",
-            hint="write path=weight, like rows.jsonl=0.5",
-        )
-    return DataSource(name, value)
 
 
 def load_records(

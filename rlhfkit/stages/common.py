@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 from rlhfkit.chat.messages import Conversation, last_user_text
 from rlhfkit.config.blocks import RewardsBlock
+from rlhfkit.config.sources import parse_source
 from rlhfkit.config.stages import StageConfig
 from rlhfkit.data.prepare import Recipe, prepare_prompts, prepare_rows
 from rlhfkit.data.records import SftRecord
-from rlhfkit.data.sources import Mixed, Place, SourceReport, locate, mix, parse_items, parse_source
+from rlhfkit.data.sources import Mixed, Place, SourceReport, locate, mix, parse_items
 from rlhfkit.data.tokenize import TokenReport, make_rows, refuse_none
 from rlhfkit.errors import ConfigError, DataError, TemplateError
 from rlhfkit.models.folder import ModelSource, open_model

@@ -21,13 +21,14 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhfkit.chat.template import ChatEncoder
+from rlhfkit.config.sources import parse_source
 from rlhfkit.config.stages import StageConfig
 from rlhfkit.data.audit import FINDINGS, REFUSED, Audit, Finding, SeenRow, dump_record, see_row
 from rlhfkit.data.batch import TokenRow
 from rlhfkit.data.parse import Stage
 from rlhfkit.data.prepare import Stretch, work_through
 from rlhfkit.data.records import Record
-from rlhfkit.data.sources import Place, SourceReport, locate, parse_items, parse_source, refuse_unusable
+from rlhfkit.data.sources import Place, SourceReport, locate, parse_items, refuse_unusable
 from rlhfkit.errors import ConfigError, DataError, TemplateError
 from rlhfkit.models.load import TextSide
 from rlhfkit.runtime.screen import Screen, quiet_libraries

@@ -20,9 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhfkit.algo.calibration import EvaluationReport, evaluation_report, histogram
+from rlhfkit.config.sources import parse_source
 from rlhfkit.config.stages import ScoreConfig
 from rlhfkit.data.records import PreferenceRecord
-from rlhfkit.data.sources import load_records, parse_source
+from rlhfkit.data.sources import load_records
 from rlhfkit.data.tokenize import TokenReport, tokenize_pairs
 from rlhfkit.errors import ConfigError, DataError, NonFiniteError, TemplateError
 from rlhfkit.models.precision import DTYPES, current_device
@@ -148,11 +149,6 @@ def score_records(
 
 
 def _read(config: ScoreConfig, screen: Screen) -> tuple[list[PreferenceRecord], int]:
-    for spec in config.data:
-        if parse_source(spec).weight != 1:
-            raise ConfigError(
-                f"data: {spec}: a weight has no effect, since each row is scored once", hint="leave it out"
-            )
     groups, report = load_records(config.data, "score", on_bad_row=config.on_bad_row)
     for source in report.sources:
         say_source(screen, source)

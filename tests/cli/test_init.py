@@ -103,3 +103,9 @@ def test_what_it_refuses(tmp_path: Path) -> None:
         written(tmp_path, "generate")
     with pytest.raises(FamilyError, match="no family called 'gpt'"):
         written(tmp_path, "sft", family="gpt")
+
+
+def test_a_family_beside_a_model_is_refused(cli: Any) -> None:
+    outcome = cli("init", "sft", "--model", "Qwen/Qwen2.5-0.5B", "--family", "qwen")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith("error: --family has no effect with --model")

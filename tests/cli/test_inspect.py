@@ -282,7 +282,13 @@ def test_columns_beyond_json_become_text(cli: Any) -> None:
             "data.max_length: 64 leaves no room for a prompt beside 64 new tokens",
         ),
         ("sft.jsonl --on-bad-row maybe", 2, "data.on_bad_row: input should be 'error' or 'skip' (found 'maybe')"),
+        (
+            "sft.jsonl --stage rm --max-new-tokens 8 --max-prompt-length 9",
+            2,
+            "ppo.max_prompt_length: has no effect on rm rows\nppo.max_new_tokens: has no effect on rm rows",
+        ),
         ("sft.jsonl --json --rows 2", 2, "--rows has no effect with --json"),
+        ("sft.jsonl --json --rows 0", 2, "--rows has no effect with --json"),
         ("", 2, "no data is given"),
         ("sft.jsonl=0", 2, 'its weight "0" is not a number above 0'),
         ("--config tune.yaml", 1, "nowhere.jsonl: no such file"),

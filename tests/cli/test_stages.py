@@ -146,6 +146,11 @@ def test_a_damaged_folder_is_mended_by_the_command_its_error_names(cli: Any, tin
     planned = cli("fix-checkpoint", "tiny", "broken", "--dry-run")
     assert (planned.code, planned.out.splitlines()[-1]) == (0, "Dry run: nothing was changed.")
     assert sorted(p.name for p in broken.iterdir()) == ["config.json", "model.safetensors"]
+    both = cli("fix-checkpoint", "tiny", "broken", "--dry-run", "--yes")
+    assert (both.code, both.err.splitlines()[0]) == (
+        2,
+        "error: --yes has no effect with --dry-run, which asks nothing",
+    )
     assert cli("fix-checkpoint", "tiny", "broken", "--yes").code == 0
     assert cli(*run).code == 0
 

@@ -7,36 +7,13 @@ from typing import Any
 
 import pytest
 import yaml
+from settings_given import GRPO, NEEDED, SFT, fault_lines
 
 from rlhfkit.config.load import differing_keys, dump_config, find_recipe, iterate_fields, load_config, read_recipe
 from rlhfkit.config.stages import STAGES, AnyConfig, GenerateConfig, PpoConfig, RmConfig, SftConfig
 from rlhfkit.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
-SFT = {"model.path": "m", "data.train": ["d.jsonl"]}
-NEEDED: dict[str, dict[str, Any]] = {
-    "sft": SFT,
-    "rm": SFT,
-    "ppo": {**SFT, "ppo.reward": ["r.py:f"]},
-    "dpo": SFT,
-    "kto": SFT,
-    "grpo": {**SFT, "grpo.reward": ["r.py:f"]},
-    "rloo": {**SFT, "rloo.reward": ["r.py:f"]},
-    "generate": {"model": "m"},
-    "score": {"model": "m", "data": ["d.jsonl"]},
-}
-
-
-def fault_lines(stage: str, **given: Any) -> list[str]:
-    """The lines of the message about a configuration that is refused, its head and hint aside."""
-    with pytest.raises(ConfigError) as error:
-        load_config(STAGES[stage], **given)  # type: ignore[type-var]
-    head, *lines = error.value.message.splitlines()
-    count = "1 fault" if len(lines) == 1 else f"{len(lines)} faults"
-    assert head.startswith(f"{count} in the configuration")
-    assert error.value.hint == f"all options: rlhfkit {stage} --help"
-    assert error.value.exit_code == 2
-    return [line.strip() for line in lines]
 
 
 # -- all faults together ----------------------------------------------------------------------------------------------
@@ -213,22 +190,17 @@ def test_defaults_of_ppo_are_its_own() -> None:
 
 # -- faults between fields --------------------------------------------------------------------------------------------
 
-GRPO = {"ppo.advantage": "grpo", "ppo.samples_per_prompt": 2}
-
 
 @pytest.mark.parametrize(
     ("stage", "flags", "line"),
     [
         ("sft", {"model.path": ""}, "model.path: no model is given; say --model FOLDER_OR_HUB_ID"),
         ("rm", {"data.train": []}, "data.train: no data is given; say --data FILE"),
-        ("sft", {"lora.alpha": 8.0}, "lora.alpha: has no effect while lora.rank is 0; set --lora-rank"),
-        ("rm", {"lora.targets": "q_proj"}, "lora.targets: has no effect while lora.rank is 0; set --lora-rank"),
         (
             "sft",
             {"model.quantize": "4bit"},
             "model.quantize: 4bit weights cannot be trained; set --lora-rank to train adapters",
         ),
-        ("sft", {"run.eval_every": 5}, "run.eval_every: has no effect without held-out rows; give --eval-data"),
         (
             "sft",
             {"run.trackers": ["none", "tensorboard"]},
@@ -251,24 +223,12 @@ GRPO = {"ppo.advantage": "grpo", "ppo.samples_per_prompt": 2}
             "ppo.minibatches: 4 x batch_size 8 is not rollout_size 64; give two",
         ),
         ("ppo", {"optim.batch_size": 24}, "optim.batch_size: 24 does not divide ppo.rollout_size 64"),
-        (
-            "ppo",
-            GRPO | {"ppo.gamma": 0.9},
-            "ppo.gamma: has no effect with advantage 'grpo', which needs no value model",
-        ),
-        (
-            "ppo",
-            GRPO | {"ppo.value_model": "separate"},
-            "ppo.value_model: has no effect with advantage 'grpo', which needs no value model",
-        ),
         ("ppo", {"ppo.advantage": "rloo"}, "ppo.samples_per_prompt: 'rloo' compares samples: give at least 2"),
-        ("ppo", {"ppo.kl_horizon": 5.0}, "ppo.kl_horizon: has no effect while ppo.kl_target is 0"),
         (
             "ppo",
             {"ppo.kl_target": 5.0, "ppo.kl_coef": 0},
             "ppo.kl_target: has no effect on a KL weight that starts at 0; set --kl-coef",
         ),
-        ("ppo", {"ppo.episodes": 64, "optim.epochs": 2}, "ppo.episodes: stands beside optim.epochs; give one of them"),
         ("ppo", {"data.max_length": 256}, "data.max_length: 256 leaves no room for a prompt beside 256 new tokens"),
         (
             "ppo",
@@ -277,10 +237,7 @@ GRPO = {"ppo.advantage": "grpo", "ppo.samples_per_prompt": 2}
         ),
         ("generate", {"model": ""}, "model: no model is given; say --model FOLDER_OR_HUB_ID"),
         ("generate", {"prompt": "p", "input": "i", "output": "o"}, "prompt: stands beside input; give one of them"),
-        ("generate", {"output": "o"}, "output: has no effect without input; give --input FILE"),
         ("generate", {"input": "i"}, "output: is missing; say where the answers go with --output FILE"),
-        ("generate", {"temperature": 0, "top_p": 0.5}, "top_p: has no effect at temperature 0"),
-        ("generate", {"batch_size": 4}, "batch_size: has no effect without input"),
     ],
 )
 def test_faults_between_fields(stage: str, flags: dict[str, Any], line: str) -> None:

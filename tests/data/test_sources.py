@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from rlhfkit.chat.messages import Message
+from rlhfkit.config.sources import DataSource, parse_source
 from rlhfkit.data.records import Record, SftRecord
-from rlhfkit.data.sources import DataSource, LoadReport, detect_stage, load_records, mix, parse_source
+from rlhfkit.data.sources import LoadReport, detect_stage, load_records, mix
 from rlhfkit.errors import ConfigError, DataError
 
 
