@@ -41,6 +41,9 @@ def option_of(field: FieldPath, *, hidden: bool = False) -> Any:
         inner = next(a for a in typing.get_args(declared) if a is not type(None))
     flag = str(field.flag)
     names = [f"{flag}/--no-{flag.removeprefix('--')}"] if inner is bool else [flag]
+    number: dict[str, Any] = (
+        {"parser": _number_of(inner), "metavar": f"<{inner.__name__}>"} if inner in (int, float) else {}
+    )
     option = typer.Option(
         *names,
         help=f"{field.info.description}{_bounds(field)}",
@@ -48,6 +51,7 @@ def option_of(field: FieldPath, *, hidden: bool = False) -> Any:
         rich_help_panel=PANELS[field.block],
         autocompletion=_completion(field),
         hidden=hidden,
+        **number,
     )
     if typing.get_origin(inner) is list:
         return Annotated[Optional[list[str]], option]  # noqa: UP045 -- typer reads it at run time
@@ -55,6 +59,19 @@ def option_of(field: FieldPath, *, hidden: bool = False) -> Any:
         # Bounds and choices are checked with everything else in load_config: all faults in one message.
         return Annotated[Optional[str], option]  # noqa: UP045
     return Annotated[Optional[inner], option]  # noqa: UP045
+
+
+def _number_of(kind: Any) -> Callable[[str], Any]:
+    """Reads a number; what is none is left to `load_config`, which names it with all other faults. Typer would stop at
+    the first."""
+
+    def read(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            return text
+
+    return read
 
 
 def one_of(flag: str, help: str, *choices: str, **more: Any) -> Any:

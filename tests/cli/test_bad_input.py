@@ -140,7 +140,7 @@ MISTAKES = {
     # configuration
     "unknown flag": ("sft", "--modle tiny", 2, ["No such option: --modle", "--model"]),
     "unknown key": ("sft", "--set optim.lrate=1", 2, ["optim.lrate: unknown key"]),
-    "not a number": ("sft", "--lr fast", 2, ["Invalid value for '--lr'"]),
+    "not a number": ("sft", "--lr fast", 2, ["optim.lr: input should be a valid number"]),
     "two recipes": (
         "sft",
         "a.yaml --config b.yaml",
@@ -199,6 +199,33 @@ def test_a_mistake_is_named_and_leaves_nothing(cli: Any, stage: str, flags: str,
     assert "Traceback" not in outcome.err
     assert outcome.out == ""
     assert sorted(Path().rglob("*")) == before
+
+
+def test_all_flags_that_are_wrong_are_named_together(cli: Any) -> None:
+    """Numbers that are none, numbers out of range, words that are no choice, and what does not go together."""
+    flags = "--lr abc --batch-size x --max-steps 2.5 --seed -1 --quantize 3bit --lora-alpha 8 --set optim.epohcs=2"
+    outcome = cli("sft", "--model", "tiny", "--data", "good.jsonl", *flags.split())
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.splitlines() == [
+        "error: 7 faults in the configuration:",
+        "  model.quantize: input should be 'none', '8bit' or '4bit' (found '3bit')",
+        "  optim.batch_size: input should be a valid integer, unable to parse string as an integer (found 'x')",
+        "  optim.max_steps: input should be a valid integer, unable to parse string as an integer (found '2.5')",
+        "  optim.lr: input should be a valid number, unable to parse string as a number (found 'abc')",
+        "  optim.epohcs: unknown key; did you mean optim.epochs?",
+        "  run.seed: input should be greater than or equal to 0 (found -1)",
+        "  lora.alpha: has no effect while lora.rank is 0; set --lora-rank",
+        "  → all options: rlhfkit sft --help",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flag", "kind"), [("--lr", "<float>"), ("--batch-size", "<int>"), ("--lora-alpha", "<float>")]
+)
+def test_help_says_what_a_flag_takes(cli: Any, monkeypatch: pytest.MonkeyPatch, flag: str, kind: str) -> None:
+    monkeypatch.setenv("COLUMNS", "150")
+    (line,) = [line for line in cli("sft", "--help").out.splitlines() if f" {flag} " in line]
+    assert line.split()[1:3] == [flag, kind]
 
 
 @pytest.mark.parametrize(

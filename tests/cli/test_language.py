@@ -119,7 +119,8 @@ def test_before_the_command_and_after_it(cli: Cli) -> None:
         # Typer's own
         (["sftt"], 2, ["没有这个命令：'sftt'。是不是想写 'sft'？", "错误"]),
         (["sft", "--modle", "m"], 2, ["没有这个选项：--modle（可能是：--model）"]),
-        (["sft", "--max-length", "x"], 2, ["'--max-length' 的值无效：应为整数，无法把它解析为整数"]),
+        (["sft", "--max-length", "x"], 2, ["data.max_length：应为整数，无法把它解析为整数（实为 'x'）"]),
+        (["demo", "--seed", "x"], 2, ["'--seed' 的值无效："]),
         (["sft", "--model"], 2, ["选项 '--model' 需要一个值。"]),
         (["sft", "a", "b"], 2, ["多出了参数（b）"]),
         (["fix-checkpoint", "a"], 2, ["缺少参数 'DST'。", "查看帮助"]),
