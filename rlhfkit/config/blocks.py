@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Quantize = Literal["none", "8bit", "4bit"]
 Optimizer = Literal["auto", "adamw", "adamw8bit", "paged_adamw8bit"]
-Kernels = Literal["auto", "plain", "liger"]
+Kernels = Literal["auto", "plain", "fused", "liger"]
 
 
 def option(default: Any, help: str, *, flag: str | None = None, **bounds: Any) -> Any:
@@ -94,8 +94,8 @@ class OptimConfig(Block):
     )
     kernels: Kernels = option(
         "auto",
-        "How norms and SwiGLU are computed: auto is fused layers on CPUs, and liger-kernel on CUDA where it is "
-        "installed; plain is transformers' own code; liger refuses to start without liger-kernel.",
+        "How norms and SwiGLU are computed: auto is fused on CPUs, and liger on CUDA where liger-kernel is installed "
+        "and knows the model, else plain, transformers' own code. fused and liger refuse to start elsewhere.",
         flag="--kernels",
     )
     epochs: float = option(1.0, "Passes over the training data.", flag="--epochs", gt=0)

@@ -201,9 +201,17 @@ class OnceLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def dump_config(config: BaseModel) -> str:
-    """A configuration as a YAML recipe that repeats the run."""
+def dump_config(config: BaseModel, chosen: Mapping[str, Any] | None = None) -> str:
+    """A configuration as a YAML recipe that repeats the run.
+
+    Args:
+        config: as it was given.
+        chosen: dotted path -> what was taken where the configuration left the choice (``auto``).
+    """
     data = config.model_dump(mode="json")
+    for path, value in (chosen or {}).items():
+        block, _, name = path.partition(".")
+        data[block][name] = value
     for name in NOT_RESOLVED:
         data.get("run", {}).pop(name, None)
     for path in getattr(config, "refused", {}):

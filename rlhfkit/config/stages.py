@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel
 
@@ -91,6 +91,17 @@ class StageConfig(Block):
         if self.run.view in ("quiet", "json"):
             found["run.log_every"] = f"has no effect with run.view '{self.run.view}', which shows no lines of steps"
         return found
+
+    @property
+    def open_choices(self) -> tuple[str, ...]:
+        """Keys whose default leaves a choice to the run, by the model, the device and what is installed."""
+        model = ("model.family", "model.template", "model.precision")
+        return (*model, "lora.alpha", "lora.targets", "optim.kernels", "optim.optimizer")
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """What a default stands for that other keys decide."""
+        return {"run.out": self.out}
 
     @property
     def engine(self) -> Engine:
@@ -251,6 +262,15 @@ class PpoConfig(StageConfig):
         if self.ppo.kl_estimator != "auto":
             return self.ppo.kl_estimator
         return "k3" if self.ppo.advantage == "grpo" else "k1"
+
+    @property
+    def open_choices(self) -> tuple[str, ...]:
+        return (*super().open_choices, "ppo.kl_estimator")
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        idle = "ppo.kl_estimator" in self.without_effect
+        return super().chosen | ({} if idle else {"ppo.kl_estimator": self.kl_estimator})
 
     @property
     def rollouts(self) -> PpoBlock:

@@ -18,12 +18,26 @@ from rlhfkit.config.blocks import Kernels
 from rlhfkit.errors import ConfigError
 
 
+def chosen_kernels(kernels: Kernels, device: torch.device, model_type: str) -> Kernels:
+    """What ``auto`` is for a model on a device."""
+    if kernels != "auto":
+        return kernels
+    if device.type == "cuda":
+        return "liger" if _liger_knows(model_type) else "plain"
+    return "fused" if device.type == "cpu" else "plain"
+
+
 def refuse_kernels(kernels: Kernels, device: torch.device, model_type: str) -> None:
-    """Say before anything is read that liger-kernel is wanted where it cannot work.
+    """Say before anything is read that kernels are wanted where they cannot work.
 
     Raises:
-        ConfigError: the device is no CUDA device, or liger-kernel does not know the architecture.
+        ConfigError: they are not for this device, or liger-kernel does not know the architecture.
     """
+    if kernels == "fused" and device.type != "cpu":
+        raise ConfigError(
+            f"optim.kernels: fused layers compute on CPUs, and this run is on {device.type}",
+            hint="give --kernels auto: it is the fastest there is on every device",
+        )
     if kernels != "liger":
         return
     if device.type != "cuda":

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import (
@@ -34,7 +33,7 @@ from accelerate.utils import (
 from safetensors import SafetensorError
 from torch import Tensor
 
-from rlhfkit.config.load import differing_keys, dump_config
+from rlhfkit.config.load import dump_config
 from rlhfkit.config.rewards import without_secrets
 from rlhfkit.config.stages import StageConfig
 from rlhfkit.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError, RewardError
@@ -47,13 +46,8 @@ from rlhfkit.runtime.checkpoint import checkpoint_folders, load_checkpoint, save
 from rlhfkit.runtime.optim import MOST_SKIPPED, SkippedError, choose_optimizer
 from rlhfkit.runtime.records import append_json, json_lines, replace_text
 from rlhfkit.runtime.screen import Screen, quiet_libraries
+from rlhfkit.runtime.settings import RESOLVED, check_folder, refuse_other_choices
 from rlhfkit.runtime.trackers import check_trackers, track_histogram, track_samples
-
-# Keys that change what is written or how fast, but not which weights come out.
-FREE_ON_RESUME = {
-    "run.out", "run.keep", "run.log_every", "run.save_every", "run.eval_every", "run.trackers", "run.view",
-    "optim.micro_batch_tokens", "optim.gradient_checkpointing", "model.hf_endpoint", "data.eval",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +74,7 @@ class Run:
     seconds_total: float = 0.0
     interrupted: bool = False
     fingerprint: str = ""
+    chosen: dict[str, Any] = field(default_factory=dict)  # dotted path -> what this run takes for auto
     _data_faults: list[str] = field(default_factory=list)
     # Where models and optimisers belong to another library, these write them into a checkpoint and read them back.
     write_state: Callable[[Path], None] | None = None
@@ -146,11 +141,15 @@ class Run:
         complete checkpoint, or say that there is none.
 
         Raises:
-            CheckpointError: a damaged checkpoint, or other data than it was made with.
+            CheckpointError: a damaged checkpoint, or other data or choices than it was made with.
         """
+        folders = checkpoint_folders(self.out)
+        if self.config.run.resume and folders:
+            refuse_other_choices(self.chosen, folders[-1], self.out / RESOLVED)
+        self.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
         if self.is_main:
             self.out.mkdir(parents=True, exist_ok=True)
-            replace_text(self.out / "config.resolved.yaml", dump_config(self.config))
+            replace_text(self.out / RESOLVED, dump_config(self.config, self.chosen))
             if self._data_faults:
                 replace_text(self.out / DATA_FAULTS, "".join(f"{fault}\n" for fault in self._data_faults))
         trackers = [t for t in self.config.run.trackers if t != "none"]
@@ -160,7 +159,6 @@ class Run:
             )
         if not self.config.run.resume:
             return
-        folders = checkpoint_folders(self.out)
         if not folders:
             self.screen.line(f"no checkpoint in {self.out} yet: starting from the beginning")
             self._truncate_records(-1)  # the evaluation before the first step is done again too
@@ -493,7 +491,8 @@ def start_run(config: StageConfig) -> Run:
     run = Run(config=config, accelerator=accelerator, screen=screen, precision=precision, out=out)
     # Refused now rather than when data and model are read.
     quantized = config.model.quantize != "none"
-    choose_optimizer(config.optim.optimizer, device, quantized=quantized, sharded=run.sharded)
+    optimizer = choose_optimizer(config.optim.optimizer, device, quantized=quantized, sharded=run.sharded)
+    run.chosen |= {**config.chosen, "model.precision": precision, "optim.optimizer": optimizer}
     check_folder(config, out)
     accelerator.wait_for_everyone()  # nobody writes before everybody has looked
     # The same on every process: all build the same new weights. Data order and sampling have seeds of their own.
@@ -502,37 +501,6 @@ def start_run(config: StageConfig) -> Run:
     processes = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
     screen.line(f"rlhfkit {config.stage}: {accelerator.device.type}, {precision}{processes}, run folder {out}")
     return run
-
-
-def check_folder(config: StageConfig, out: Path) -> None:
-    """Refuse to write over a run, or to resume one with settings that would change its result.
-
-    Raises:
-        ConfigError: see above; says both ways on.
-    """
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"run.out: {out} is a file, not a folder", hint="give another --out")
-    resolved = out / "config.resolved.yaml"
-    if not config.run.resume:
-        if any((out / name).exists() for name in ("metrics.jsonl", "checkpoints", "final")):
-            raise ConfigError(
-                f"run.out: {out} holds a run already",
-                hint="go on with it: --resume; or start another: --out OTHER_FOLDER",
-            )
-        return
-    if resolved.is_file():
-        old = yaml.safe_load(resolved.read_text(encoding="utf-8")) or {}
-        new = yaml.safe_load(dump_config(config))
-        free = FREE_ON_RESUME | {f"{config.stage}.reward_timeout", f"{config.stage}.reward_retries"}
-        # TRL takes means over passes: their size is part of its result.
-        free -= {"optim.micro_batch_tokens"} if config.engine == "trl" else set()
-        changed = [key for key in differing_keys(old, new) if key not in free]
-        if changed:
-            values = "; ".join(f"{key}: {_at(old, key)!r} -> {_at(new, key)!r}" for key in changed)
-            raise ConfigError(
-                f"--resume with other settings would give another result: {values}",
-                hint=f"repeat the run's own: --config {resolved} --resume; or start another with --out",
-            )
 
 
 def finished_result(config: StageConfig) -> StageResult | None:
@@ -583,9 +551,3 @@ def _flat(config: StageConfig) -> dict[str, Any]:
             name = f"{block}.{key}" if isinstance(values, dict) else block
             flat[name] = value if isinstance(value, (int, float, bool)) else without_secrets(str(value))
     return flat
-
-
-def _at(data: Any, path: str) -> Any:
-    for key in path.split("."):
-        data = data.get(key) if isinstance(data, dict) else None
-    return data

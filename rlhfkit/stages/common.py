@@ -9,7 +9,10 @@ from functools import partial
 from itertools import accumulate, chain, islice, pairwise, repeat
 from typing import Any, NamedTuple
 
+import torch
+
 from rlhfkit.chat.messages import Conversation, last_user_text
+from rlhfkit.chat.template import load_template, template_names
 from rlhfkit.config.blocks import RewardsBlock
 from rlhfkit.config.sources import parse_source
 from rlhfkit.config.stages import StageConfig
@@ -19,7 +22,7 @@ from rlhfkit.data.sources import Mixed, Place, SourceReport, locate, mix, parse_
 from rlhfkit.data.tokenize import TokenReport, make_rows, refuse_none
 from rlhfkit.errors import ConfigError, DataError, TemplateError
 from rlhfkit.models.folder import ModelSource, open_model
-from rlhfkit.models.kernels import refuse_kernels
+from rlhfkit.models.kernels import chosen_kernels, refuse_kernels
 from rlhfkit.models.load import LoadedModel, Task, TextSide, load_model, load_text_side, parameter_counts
 from rlhfkit.models.precision import current_device
 from rlhfkit.models.reward_sources import WeightedReward, open_rewards
@@ -239,11 +242,30 @@ def load_for_training(config: StageConfig, run: Run, source: ModelSource, text: 
         fresh_head=config.stage == "rm",
         device=run.device,
     )
+    run.chosen |= _chosen(config, source, text, loaded, run.device)
     trainable, total = parameter_counts(loaded.model)
     for note in [*text.notes, *loaded.notes]:
         run.screen.line(f"  {note}")
     run.screen.line(f"model {source.path} ({text.family.name}): {trainable:,} of {total:,} parameters train")
     return loaded
+
+
+def _chosen(
+    config: StageConfig, source: ModelSource, text: TextSide, loaded: LoadedModel, device: torch.device
+) -> dict[str, Any]:
+    """What the model, the device and what is installed decide where the configuration says ``auto``."""
+    kernels = chosen_kernels(config.optim.kernels, device, str(source.config.get("model_type", "")))
+    found: dict[str, Any] = {"model.family": text.family.name, "optim.kernels": kernels}
+    # A template of the model's own has no name to be asked for by; auto stays what it is.
+    name = text.template.name
+    if config.model.template == "auto" and name in template_names() and load_template(name) == text.template:
+        found["model.template"] = name
+    if loaded.is_lora and config.lora.rank:
+        lora = loaded.model.peft_config[loaded.model.active_adapter]
+        found["lora.alpha"] = float(lora.lora_alpha)
+        if config.lora.targets == "auto" and not isinstance(lora.target_modules, str):
+            found["lora.targets"] = ",".join(sorted(lora.target_modules))
+    return found
 
 
 def load_rewards(

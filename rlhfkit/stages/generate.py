@@ -47,7 +47,8 @@ class Speaker:
         self.config = config
         self.screen = Screen()
         device = current_device()
-        dtype = DTYPES[resolve_precision(config.precision, device)]
+        self.precision = resolve_precision(config.precision, device)
+        dtype = DTYPES[self.precision]
         source = open_model(config.model, adapter=config.adapter)
         self.positions = source.positions
         if self.positions and config.max_new_tokens >= self.positions:
@@ -168,7 +169,7 @@ def answer_file(config: GenerateConfig, speaker: Speaker) -> None:
     output = Path(config.output)
     done = _answers_done(output, records, config)
     output.parent.mkdir(parents=True, exist_ok=True)
-    _refuse_other_settings(output, config, done)
+    _refuse_other_settings(output, config, speaker.precision, done)
     if done:
         speaker.screen.line(f"{output} holds {done} of {len(records)} answers already: going on from there")
     ended = 0
@@ -196,12 +197,15 @@ def answer_file(config: GenerateConfig, speaker: Speaker) -> None:
     )
 
 
-def _refuse_other_settings(output: Path, config: GenerateConfig, done: int) -> None:
+def _refuse_other_settings(output: Path, config: GenerateConfig, precision: str, done: int) -> None:
     """Remember beside the answers how they were made; going on with another model or temperature would mix them."""
     beside = output.with_name(f"{output.name}.settings.json")
     settings = config.model_dump(mode="json", exclude={"output", "stream", "batch_size", "hf_endpoint"})
+    settings["precision"] = precision
     if done and beside.is_file():
         old = json.loads(beside.read_text(encoding="utf-8"))
+        if old.get("precision") == "auto":  # an older version did not say which
+            old["precision"] = precision
         if changed := differing_keys(old, settings):
             values = "; ".join(f"{key}: {old.get(key)!r} -> {settings.get(key)!r}" for key in changed)
             raise DataError(

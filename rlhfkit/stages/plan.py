@@ -13,8 +13,8 @@ from rlhfkit.config.stages import PpoConfig, StageConfig
 from rlhfkit.data.batch import BatchOrder
 from rlhfkit.models.precision import current_device
 from rlhfkit.models.reward_sources import check_rewards
-from rlhfkit.runtime.run import check_folder
 from rlhfkit.runtime.screen import Screen, quiet_libraries
+from rlhfkit.runtime.settings import check_folder
 from rlhfkit.stages.common import open_text_side, read_rows
 from rlhfkit.stages.memory import GIB, Estimate, available_memory, estimate
 from rlhfkit.stages.ppo import rollout_sizes

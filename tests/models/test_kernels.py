@@ -17,7 +17,15 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from rlhfkit.errors import ConfigError
 from rlhfkit.models import kernels
 from rlhfkit.models.attention import _NarrowRows
-from rlhfkit.models.kernels import EmbeddingRows, RmsNorm, SwiGlu, SwiGluDown, refuse_kernels, use_fast_layers
+from rlhfkit.models.kernels import (
+    EmbeddingRows,
+    RmsNorm,
+    SwiGlu,
+    SwiGluDown,
+    chosen_kernels,
+    refuse_kernels,
+    use_fast_layers,
+)
 
 CPU = torch.device("cpu")
 
@@ -152,3 +160,13 @@ def test_liger_is_refused_where_it_cannot_work(liger: list[dict[str, Any]]) -> N
         refuse_kernels("liger", CPU, "llama")
     with pytest.raises(ConfigError, match="nothing for model_type 'baichuan'"):
         refuse_kernels("liger", torch.device("cuda"), "baichuan")
+
+
+def test_auto_is_one_of_the_others(liger: list[dict[str, Any]]) -> None:
+    cuda = torch.device("cuda")
+    assert [chosen_kernels("auto", torch.device(kind), "llama") for kind in ("cpu", "mps")] == ["fused", "plain"]
+    assert [chosen_kernels("auto", cuda, name) for name in ("llama", "baichuan")] == ["liger", "plain"]
+    assert chosen_kernels("plain", cuda, "llama") == "plain"
+    refuse_kernels("fused", CPU, "llama")
+    with pytest.raises(ConfigError, match="fused layers compute on CPUs, and this run is on cuda"):
+        refuse_kernels("fused", cuda, "llama")

@@ -19,7 +19,8 @@ from rlhfkit.config.load import dump_config, load_config
 from rlhfkit.config.stages import STAGES, SftConfig
 from rlhfkit.errors import CheckpointError, ConfigError
 from rlhfkit.runtime.checkpoint import checkpoint_folders
-from rlhfkit.runtime.run import Run, StageResult, check_folder
+from rlhfkit.runtime.run import Run, StageResult
+from rlhfkit.runtime.settings import check_folder
 from rlhfkit.stages import sft
 
 Flags = dict[str, Any]

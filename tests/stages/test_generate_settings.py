@@ -36,3 +36,22 @@ def test_separators_inside_texts_do_not_cut_lines(tiny_model, tmp_path):
     for _ in range(2):
         generate.run(load_config(GenerateConfig, flags=flags))
     assert len((tmp_path / "a.jsonl").read_text(encoding="utf-8").split("\n")) == 2
+
+
+def test_the_number_format_that_auto_took_is_remembered(tiny_model, prompts_file, tmp_path, monkeypatch):
+    flags = {
+        "model": str(tiny_model),
+        "input": str(prompts_file),
+        "output": str(tmp_path / "a.jsonl"),
+        "max_new_tokens": 2,
+    }
+    settings = tmp_path / "a.jsonl.settings.json"
+    config = load_config(GenerateConfig, flags=flags)
+    monkeypatch.setattr("rlhfkit.models.precision._cpu_has_bf16", lambda: False)
+    generate.run(config)
+    assert json.loads(settings.read_text())["precision"] == "fp32"
+    monkeypatch.setattr("rlhfkit.models.precision._cpu_has_bf16", lambda: True)
+    with pytest.raises(DataError, match="made with other settings: precision: 'fp32' -> 'bf16'"):
+        generate.run(config)
+    settings.write_text(settings.read_text().replace('"fp32"', '"auto"'))  # of an older version
+    generate.run(config)
