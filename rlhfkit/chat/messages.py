@@ -30,11 +30,15 @@ class Message:
         return self.content.removesuffix(f"\n{self.input}") if self.input else self.content
 
     def as_dict(self) -> dict[str, str]:
-        return {"role": self.role, "content": self.content} | ({"input": self.input} if self.input else {})
+        return {"role": self.role, "content": self.content}
+
+    def with_input(self) -> dict[str, str]:
+        """The same with what its input is, for a reader that has a template of its own."""
+        return self.as_dict() | ({"input": self.input} if self.input else {})
 
 
 def message_with_input(role: Role, content: str, given: Any) -> Message:
-    """A message as `Message.as_dict` has it; what is given as its input counts if the words end with it."""
+    """A message as `Message.with_input` has it; what is given as its input counts if the words end with it."""
     known = isinstance(given, str) and given.strip() and content.endswith(f"\n{given}")
     return Message(role, content, input=given if known else "")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from rlhfkit.chat.messages import Conversation, Message, Role, message_with_input
+from rlhfkit.chat.messages import Conversation, Message, Role
 
 ROLES: dict[str, Role] = {
     "system": "system",
@@ -85,8 +85,7 @@ def message_of(name: str, item: Any) -> Message:
         raise FieldFault(f"{name}.{role_key}", f"{said} is not supported; roles are {', '.join(ROLES)}")
     if item.get("tool_calls"):
         raise FieldFault(f"{name}.tool_calls", "tool calls are not supported")
-    content = content_of(f"{name}.{content_key}", item[content_key])
-    return message_with_input(ROLES[role], content, item.get("input"))
+    return Message(ROLES[role], content_of(f"{name}.{content_key}", item[content_key]))
 
 
 def check_turns(name: str, turns: Conversation) -> None:

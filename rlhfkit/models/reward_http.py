@@ -160,7 +160,7 @@ def request_body(records: Sequence[PromptRecord], answers: Sequence[str]) -> byt
     """The JSON that is posted."""
     names = sorted({name for record in records for name in record.columns})
     body = {
-        "messages": [[m.as_dict() for m in record.prompt] for record in records],
+        "messages": [[m.with_input() for m in record.prompt] for record in records],
         "prompts": [last_user_text(record.prompt) for record in records],
         "responses": list(answers),
         "columns": {name: [_plain(record.columns.get(name)) for record in records] for name in names},

@@ -198,8 +198,7 @@ def test_a_dump_is_what_was_parsed(cli: Any) -> None:
     Path("zh.csv").write_text('instruction,input,output\n翻译,"good, morning",早上好\n', encoding="utf-8")
     assert inspect(cli, "zh.csv", "--dump", "dump.jsonl", "--rows", "0").code == 0
     assert Path("dump.jsonl").read_text(encoding="utf-8") == (
-        '{"where": "zh.csv:2", "messages": ['
-        '{"role": "user", "content": "翻译\\ngood, morning", "input": "good, morning"}, '
+        '{"where": "zh.csv:2", "messages": [{"role": "user", "content": "翻译\\ngood, morning"}, '
         '{"role": "assistant", "content": "早上好"}]}\n'
     )
 

@@ -311,17 +311,6 @@ def test_a_dumped_record_reads_back() -> None:
         assert read.columns == {"where": where, "n": i, "tags": ["x"]}
 
 
-def test_a_dumped_record_keeps_its_input() -> None:
-    fields = {"instruction": "translate", "input": "hello", "chosen": "a", "rejected": "b"}
-    for stage in ("rm", "ppo"):
-        record = parse_row(RawRow("a.json:1", fields), stage)
-        read = again(record, stage)
-        assert isinstance(read, (PreferenceRecord, PromptRecord))
-        assert [(turn.content, turn.instruction, turn.input) for turn in read.prompt] == [
-            ("translate\nhello", "translate", "hello")
-        ]
-
-
 def test_a_column_called_where_is_kept() -> None:
     assert dump_record(PromptRecord("p:1", chat("q"), {"where": "Paris"})) == {
         "where": "Paris",
