@@ -70,7 +70,12 @@ class DataConfig(Block):
         [], "Training data: file, folder or hub id, optionally =weight. Repeatable.", flag="--data"
     )
     eval: list[str] = option([], "Held-out data for evaluation. Repeatable.", flag="--eval-data")
-    max_length: int = option(1024, "Longest row in tokens, prompt and answer together.", flag="--max-length", ge=8)
+    max_length: int = option(
+        1024,
+        "Longest row in tokens, prompt and answer together; unless given, no more than the model has positions.",
+        flag="--max-length",
+        ge=8,
+    )
     on_bad_row: Literal["error", "skip"] = option(
         "error", "Stop at a row that cannot be used, or skip and count it.", flag="--on-bad-row"
     )

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, chain, islice, pairwise, repeat
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -31,9 +31,30 @@ from rlhfkit.runtime.run import Run
 from rlhfkit.runtime.screen import Screen
 from rlhfkit.words import tr
 
+ConfigT = TypeVar("ConfigT", bound=StageConfig)
 SAMPLES = 4  # answers shown at each evaluation
 CANDIDATES = 64  # rows looked at to find prompts that leave room for them
 SAMPLE_TOKENS = 64
+
+
+def fit_length(config: ConfigT) -> ConfigT:
+    """The configuration with its default ``max_length`` brought down to the positions of the model, if they are fewer.
+    One that was asked for stays, and is refused where it does not fit.
+
+    Raises:
+        ConfigError: lengths that were asked for do not go with it.
+    """
+    positions = open_model(config.model.path).positions
+    if "max_length" in config.data.model_fields_set or not 0 < positions < config.data.max_length:
+        return config
+    fitted = config.model_copy(update={"data": config.data.model_copy(update={"max_length": positions})})
+    if problems := fitted.problems():
+        faults = "".join(f"\n  {path}: {why}" for path, why in problems)
+        raise ConfigError(
+            f"{config.model.path} has {positions} positions:{faults}",
+            hint="give shorter lengths, or another model",
+        )
+    return fitted
 
 
 def open_text_side(config: StageConfig) -> tuple[ModelSource, TextSide]:
@@ -52,6 +73,8 @@ def open_text_side(config: StageConfig) -> tuple[ModelSource, TextSide]:
         template=config.model.template,
         trust_remote_code=config.model.trust_remote_code,
     )
+    if config.data.max_length == limit < type(config.data).model_fields["max_length"].default:
+        text.notes.append(f"max_length: {limit}, the positions of {source.path}")
     return source, text
 
 

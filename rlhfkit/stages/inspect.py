@@ -32,7 +32,7 @@ from rlhfkit.data.sources import Place, SourceReport, locate, parse_items, refus
 from rlhfkit.errors import ConfigError, DataError, TemplateError
 from rlhfkit.models.load import TextSide
 from rlhfkit.runtime.screen import Screen, quiet_libraries
-from rlhfkit.stages.common import open_text_side
+from rlhfkit.stages.common import fit_length, open_text_side
 from rlhfkit.words import mark, tr
 from rlhfkit.words.lines import shown
 
@@ -60,6 +60,7 @@ def run(config: StageConfig, *, detected: bool, rows: int, as_json: bool, dump: 
     """
     quiet_libraries()
     screen = Screen()
+    config = fit_length(config)
     limit = _limit(config)
     specs = config.data.train
     if dump is not None:

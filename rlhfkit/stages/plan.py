@@ -15,7 +15,7 @@ from rlhfkit.models.precision import current_device
 from rlhfkit.models.reward_sources import check_rewards
 from rlhfkit.runtime.screen import Screen, quiet_libraries
 from rlhfkit.runtime.settings import check_folder
-from rlhfkit.stages.common import open_text_side, read_rows
+from rlhfkit.stages.common import fit_length, open_text_side, read_rows
 from rlhfkit.stages.memory import GIB, Estimate, available_memory, estimate
 from rlhfkit.stages.ppo import rollout_sizes
 from rlhfkit.words import tr
@@ -28,6 +28,7 @@ def run(config: StageConfig) -> Estimate:
         Whatever the run itself would raise before its first step.
     """
     quiet_libraries()
+    config = fit_length(config)
     check_folder(config, Path(config.out))
     if isinstance(config, PpoConfig):
         check_rewards(config.ppo.reward, config.ppo.reward_timeout)

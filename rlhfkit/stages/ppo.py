@@ -35,7 +35,7 @@ from rlhfkit.models.save import save_model
 from rlhfkit.models.wrappers import PolicyOutput
 from rlhfkit.runtime.optim import Optimisation, StepResult
 from rlhfkit.runtime.run import Run, StageResult, finished_result, start_run
-from rlhfkit.stages.common import load_for_training, load_rewards, open_text_side, read_rows
+from rlhfkit.stages.common import fit_length, load_for_training, load_rewards, open_text_side, read_rows
 from rlhfkit.stages.episodes import (
     Episode,
     Rollout,
@@ -77,6 +77,7 @@ def run(config: PpoConfig) -> StageResult:
     """Train; see the module's first lines. ``final/`` holds the policy, ``value/`` its value function."""
     if (done := finished_result(config)) is not None:
         return done
+    config = fit_length(config)
     run = start_run(config)
     ppo = config.ppo
     if run.sharded and not run.accelerator.is_fsdp2:

@@ -27,7 +27,7 @@ from rlhfkit.models.scoring import POOLING, collate_conversations
 from rlhfkit.models.wrappers import RewardModel
 from rlhfkit.runtime.optim import Optimisation
 from rlhfkit.runtime.run import Run, StageResult, finished_result, start_run
-from rlhfkit.stages.common import SourceRows, load_for_training, open_text_side, read_rows
+from rlhfkit.stages.common import SourceRows, fit_length, load_for_training, open_text_side, read_rows
 from rlhfkit.stages.finite import not_finite
 from rlhfkit.stages.reward_report import write_evaluation
 from rlhfkit.words import mark
@@ -67,6 +67,7 @@ def run(config: RmConfig) -> StageResult:
         return trl_stages.run(config)
     if (done := finished_result(config)) is not None:
         return done
+    config = fit_length(config)
     run = start_run(config)
 
     # 1. Pairs to token ids.

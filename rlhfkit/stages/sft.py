@@ -24,6 +24,7 @@ from rlhfkit.runtime.run import StageResult, finished_result, start_run
 from rlhfkit.stages.common import (
     SourceRows,
     first_prompts,
+    fit_length,
     load_for_training,
     open_text_side,
     read_rows,
@@ -43,6 +44,7 @@ def run(config: SftConfig) -> StageResult:
         return trl_stages.run(config)
     if (done := finished_result(config)) is not None:
         return done
+    config = fit_length(config)
     run = start_run(config)
 
     # 1. Rows to token ids with a mask over the assistant's words.

@@ -22,7 +22,7 @@ from rlhfkit.models.reward_sources import check_rewards
 from rlhfkit.models.save import save_model
 from rlhfkit.models.wrappers import LanguageModel, RewardModel
 from rlhfkit.runtime.run import Run, StageResult, finished_result, start_run
-from rlhfkit.stages.common import first_prompts, load_for_training, open_text_side, read_rows, write_answers
+from rlhfkit.stages.common import first_prompts, fit_length, load_for_training, open_text_side, read_rows, write_answers
 from rlhfkit.stages.reward import STATISTICS_ROWS, Scored, held_out_metrics, pair_batches, score_pairs, score_record
 from rlhfkit.stages.trl_engine import (
     RowSampler,
@@ -52,6 +52,7 @@ def run(config: StageConfig) -> StageResult:
     """Train; see the module's first lines. ``final/`` holds what the stage of our own would leave there."""
     if (done := finished_result(config)) is not None:
         return done
+    config = fit_length(config)
     run = start_run(config)
     refuse_processes(run)
     with quiet_trl(), TemporaryDirectory(prefix="rlhfkit-trl-") as scratch:

@@ -324,9 +324,9 @@ def test_what_the_stage_refuses_is_refused_here(cli: Any, words: str) -> None:
     """Of a model with 512 positions. A check in front of a run must not pass where the run would stop."""
     looked = cli("inspect", "good.jsonl", "--model", "tiny", *words.split(), "--strict", "--json")
     trained = cli("sft", "--data", "good.jsonl", "--model", "tiny", *words.split(), "--out", "run", "--plan")
-    assert looked.code == trained.code == (0 if words.endswith("512") else 2)
+    assert looked.code == trained.code == (2 if words.endswith("513") else 0)
     if looked.code:
-        assert f"data.max_length: {words[-3:] or 1024} is more than the 512 positions" in looked.err
+        assert "data.max_length: 513 is more than the 512 positions" in looked.err
         assert looked.err == trained.err
     else:
         assert json.loads(looked.out)["limit"] == 512

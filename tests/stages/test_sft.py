@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import read_metrics, write_jsonl
+from killing import assert_same_weights
 from safetensors.torch import load_file
 
 from rlhfkit.chat.messages import Message
@@ -219,3 +221,19 @@ def test_resuming_before_the_first_checkpoint_starts_cleanly(settings, sft_file)
     result = train({**flags, "run.resume": True})
     rows = read_metrics(result.out)
     assert [row.get("event") for row in rows if "event" in row] == ["start", "end"]
+
+
+def test_the_default_length_is_what_the_model_has(settings, sft_file):
+    """And stands in the run's recipe; a length that was asked for is refused where it does not fit."""
+    flags = settings("run", data__train=[str(sft_file)], run__save_every=1)
+    del flags["data.max_length"]
+    sft.run(load_config(SftConfig, flags=flags | {"optim.max_steps": 2}))
+    resolved = Path(flags["run.out"]) / "config.resolved.yaml"
+    assert yaml.safe_load(resolved.read_text())["data"]["max_length"] == 512
+    again = sft.run(load_config(SftConfig, recipe=str(resolved), flags={"run.out": str(resolved.parent) + "-again"}))
+    assert_same_weights(again.final, resolved.parent / "final")
+    for number in (513, 1024):
+        with pytest.raises(ConfigError, match=f"data.max_length: {number} is more than the 512 positions"):
+            sft.run(
+                load_config(SftConfig, flags=settings("other", data__train=[str(sft_file)], data__max_length=number))
+            )
