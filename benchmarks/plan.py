@@ -25,7 +25,8 @@ COMMON = ("--max-length", "512", *SMALL, "--max-steps", "2", "--trackers", "none
 LARGE = ("--micro-batch-tokens", "2048", "--batch-size", "8")
 ROLLOUTS = ("--max-new-tokens", "48", "--max-prompt-length", "128", "--rollout-size", "16", "--ppo-epochs", "1")
 LORA = ("--lora-rank", "16")
-# Name: stage, flags. {rm} and {rm_lora} are the results of the settings of that name.
+FULL = ("--batch-size", "16")  # micro-batches of as many tokens as they may have
+# Name: stage, flags. {rm} and {rm_lora} are the results of the settings of that name, {rule} is a function.
 SETTINGS: dict[str, tuple[str, tuple[str, ...]]] = {
     "rm, LoRA, bf16": ("rm", ("--precision", "bf16", *LORA)),
     "ppo, LoRA on one backbone, bf16": ("ppo", ("--precision", "bf16", *LORA, "--reward", "{rm_lora}")),
@@ -35,8 +36,9 @@ SETTINGS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ppo, all weights, fp32": ("ppo", ("--precision", "fp32", "--reward", "{rm}")),
     "sft, LoRA, bf16": ("sft", ("--precision", "bf16", *LORA)),
     "ppo, LoRA, value adapter, bf16": (
-        "ppo", ("--precision", "bf16", *LORA, "--reward", "{rm_lora}", "--value-model", "adapter"),
+        "ppo", ("--precision", "bf16", *LORA, *FULL, "--reward", "{rule}", "--value-model", "adapter"),
     ),
+    "ppo, LoRA, 4bit": ("ppo", ("--precision", "bf16", *LORA, *FULL, "--reward", "{rule}", "--quantize", "4bit")),
     "sft, all weights, fp32": ("sft", ("--precision", "fp32")),
     "sft, all weights, bf16, 2,048 tokens": ("sft", ("--precision", "bf16", *LARGE)),
     "sft, all weights, bf16, 2,048 tokens, checkpointing": (
@@ -78,6 +80,7 @@ def write_data(work: Path) -> None:
         ],
         "ppo": [{"prompt": sentence(20, 80)} for _ in range(256)],
     }
+    (work / "rule.py").write_text("def length(prompts, responses):\n    return [len(r) / 100 for r in responses]\n")
     for stage, made in rows.items():
         (work / f"{stage}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
 
@@ -90,7 +93,9 @@ def measure(name: str, model: str, work: Path) -> tuple[str, float, float]:
     """Estimate and measured peak of a setting, in GiB."""
     stage, flags = SETTINGS[name]
     out = run_folder(work, name)
-    filled = [str(run_folder(work, REWARD_RUNS[f]) / "final") if f in REWARD_RUNS else f for f in flags]
+    places = {key: str(run_folder(work, run) / "final") for key, run in REWARD_RUNS.items()}
+    places["{rule}"] = f"{work / 'rule.py'}:length"
+    filled = [places.get(flag, flag) for flag in flags]
     command = [sys.executable, "-m", "rlhfkit", stage, "--model", model, "--data", str(work / f"{stage}.jsonl")]
     command += [*COMMON, *(ROLLOUTS if stage == "ppo" else ()), *filled]
     print(name, file=sys.stderr, flush=True)
