@@ -12,6 +12,7 @@ from rlhfkit.cli.options import CONFIG_OPTION, option_of, refused_option_of
 from rlhfkit.config.load import iterate_fields, load_config
 from rlhfkit.config.stages import STAGES, AnyConfig, StageConfig
 from rlhfkit.errors import ConfigError, Interrupted
+from rlhfkit.runtime.settings import stopped_between_checkpoints
 
 INTERRUPTED = {"generate": "no further answer is written", "score": "no score is written"}
 
@@ -41,7 +42,9 @@ def _stage_command(stage: str, summary: str, examples: list[str], execute: Calla
                 execute(config)
         except KeyboardInterrupt:
             # Before the first step, or pressed twice. Typer would end the process without a word.
-            raise Interrupted(INTERRUPTED.get(stage, "nothing after the last checkpoint is saved")) from None
+            if isinstance(config, StageConfig):
+                raise stopped_between_checkpoints(config) from None
+            raise Interrupted(INTERRUPTED[stage]) from None
 
     recipe_argument = typer.Argument(
         help="Recipe: a YAML file, or its bare name in configs/ or examples/.", show_default=False

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import resource
-import shlex
 import shutil
 import signal
 import sys
@@ -46,7 +45,7 @@ from rlhfkit.runtime.checkpoint import checkpoint_folders, load_checkpoint, save
 from rlhfkit.runtime.optim import MOST_SKIPPED, SkippedError, choose_optimizer
 from rlhfkit.runtime.records import append_json, json_lines, replace_text
 from rlhfkit.runtime.screen import Screen, quiet_libraries
-from rlhfkit.runtime.settings import RESOLVED, check_folder, refuse_other_choices
+from rlhfkit.runtime.settings import RESOLVED, check_folder, command_line, refuse_other_choices
 from rlhfkit.runtime.trackers import check_trackers, track_histogram, track_samples
 
 
@@ -536,12 +535,6 @@ def peak_memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def command_line(extra: str) -> str:
-    """The command that was typed, with one more flag."""
-    words = [w for w in sys.argv[1:] if w != extra]
-    return shlex.join(["rlhfkit", *words, extra])
 
 
 def _flat(config: StageConfig) -> dict[str, Any]:

@@ -1,7 +1,13 @@
-"""The settings of a run that is in its folder already, and whether a resume may have others."""
+"""What a run folder holds from before: its settings, whether a resume may have others, and how to go on from it.
+
+No torch in here: the command line asks, too.
+"""
 
 from __future__ import annotations
 
+import os
+import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +16,8 @@ import yaml
 
 from rlhfkit.config.load import differing_keys, dump_config
 from rlhfkit.config.stages import StageConfig
-from rlhfkit.errors import CheckpointError, ConfigError
+from rlhfkit.errors import CheckpointError, ConfigError, Interrupted
+from rlhfkit.words import mark
 
 RESOLVED = "config.resolved.yaml"
 # Keys that change what is written or how fast, but not which weights come out.
@@ -31,7 +38,7 @@ def check_folder(config: StageConfig, out: Path) -> None:
         raise ConfigError(f"run.out: {out} is a file, not a folder", hint="give another --out")
     resolved = out / RESOLVED
     if not config.run.resume:
-        if any((out / name).exists() for name in ("metrics.jsonl", "checkpoints", "final")):
+        if _has_begun(out):
             raise ConfigError(
                 f"run.out: {out} holds a run already",
                 hint="go on with it: --resume; or start another: --out OTHER_FOLDER",
@@ -78,6 +85,34 @@ def refuse_other_choices(chosen: Mapping[str, Any], checkpoint: Path, resolved: 
             f"{checkpoint} was made with other settings than auto gives here: {'; '.join(values)}",
             hint="go on where the same libraries are installed, or start another run with --out",
         )
+
+
+def stopped_between_checkpoints(config: StageConfig) -> Interrupted:
+    """What there is of a run that was stopped before its first step, or within a step, and how to start again."""
+    if config.run.plan:
+        return Interrupted("the plan is not finished")
+    out = Path(config.out)
+    steps = [int(p.name[5:]) for p in (out / "checkpoints").glob("step-*") if p.name[5:].isdigit()]
+    begun = _has_begun(out)
+    command = command_line("--resume") if begun else command_line()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        command = mark("the same launch command and --resume") if begun else mark("the same launch command")
+    if steps:
+        last = out / "checkpoints" / f"step-{max(steps)}"
+        return Interrupted(f"nothing after {last} is saved", hint=f"go on from there with: {command}")
+    words = f"no step is saved: there is no checkpoint in {out} to go on from"
+    return Interrupted(words, hint=f"start from the beginning with: {command}")
+
+
+def _has_begun(out: Path) -> bool:
+    """Whether the folder holds anything of a run that another start would write over."""
+    return any((out / name).exists() for name in ("metrics.jsonl", "checkpoints", "final"))
+
+
+def command_line(*extra: str) -> str:
+    """The command that was typed, with further flags."""
+    words = [w for w in sys.argv[1:] if w not in extra]
+    return shlex.join(["rlhfkit", *words, *extra])
 
 
 def _read(path: Path) -> dict[str, Any]:

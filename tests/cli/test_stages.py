@@ -167,10 +167,44 @@ def test_ctrl_c_before_the_first_step(cli: Any, sft_file: Path, monkeypatch: pyt
         raise KeyboardInterrupt
 
     monkeypatch.setattr("rlhfkit.stages.sft.open_text_side", interrupted)
-    outcome = cli("sft", "--model", "tiny", "--data", sft_file, "--out", "run", *SMALL)
+    run = ("sft", "--model", "tiny", "--data", "sft.jsonl", "--out", "run", *SMALL)
+    outcome = cli(*run)
     assert outcome.code == 130
-    assert outcome.err.endswith("stopped: nothing after the last checkpoint is saved\n")
+    assert outcome.err.endswith(
+        "stopped: no step is saved: there is no checkpoint in run to go on from\n"
+        f"  → start from the beginning with: rlhfkit {' '.join(run)}\n"
+    )
     assert not Path("run").exists()
+
+
+def test_ctrl_c_outside_a_step_of_a_run_that_has_begun(
+    cli: Any, sft_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first step, whose command without --resume would be refused now; and after the last."""
+    run = ("sft", "--model", "tiny", "--data", "sft.jsonl", "--eval-data", "sft.jsonl", "--out", "run", *SMALL)
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rlhfkit.stages.sft.Optimisation.step", interrupted)
+        outcome = cli(*run)
+    assert outcome.code == 130
+    assert outcome.err.endswith(f"  → start from the beginning with: rlhfkit {' '.join(run)} --resume\n")
+    assert [row["step"] for row in read_metrics("run")] == [0]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rlhfkit.runtime.run.Run.finish", interrupted)
+        outcome = cli(*run, "--resume")
+    assert outcome.code == 130
+    assert outcome.err.endswith(
+        "stopped: nothing after run/checkpoints/step-2 is saved\n"
+        f"  → go on from there with: rlhfkit {' '.join(run)} --resume\n"
+    )
+    assert cli(*run, "--resume").code == 0
+
+    monkeypatch.setattr("rlhfkit.stages.plan.run", interrupted)
+    assert cli(*run, "--resume", "--plan").err == "stopped: the plan is not finished\n"
 
 
 def test_a_finished_run_is_refused_and_its_resolved_recipe_repeats_it(cli: Any, sft_file: Path) -> None:

@@ -131,7 +131,7 @@ def test_kill_9_at_random_moments(command: list[str], unbroken: Path) -> None:
     [
         ([signal.SIGINT], "stopped: stopped after step 3 of 150; everything is saved", ["step-3"]),
         ([signal.SIGTERM], "stopped: stopped after step 3 of 150; everything is saved", ["step-3"]),
-        ([signal.SIGINT, signal.SIGINT], "stopped: nothing after the last checkpoint is saved", []),
+        ([signal.SIGINT, signal.SIGINT], "stopped: no step is saved: there is no checkpoint in my run to go on", []),
     ],
     ids=("ctrl-c", "terminated", "ctrl-c-twice"),
 )
