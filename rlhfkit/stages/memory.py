@@ -7,11 +7,13 @@ from shapes, but for the constants below.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch import nn
@@ -49,7 +51,7 @@ from rlhfkit.models.wrappers import LanguageModel, PolicyModel, RewardModel
 from rlhfkit.runtime.optim import choose_optimizer
 from rlhfkit.runtime.run import default_micro_batch_tokens
 from rlhfkit.stages.episodes import Episode, by_tokens, collate_episodes
-from rlhfkit.stages.ppo import ROLLOUT_BATCH, rollout_sizes
+from rlhfkit.stages.ppo import ROLLOUT_BATCH, prompts_of_step, rollout_sizes
 from rlhfkit.stages.ppo_models import as_multiplied
 
 GIB = 2**30
@@ -309,14 +311,8 @@ def _largest(config: StageConfig, rows: Sequence[Any], device: torch.device, cop
     limit = config.optim.micro_batch_tokens or default_micro_batch_tokens(device, config.stage, precision)
     groups: list[list[Any]] = []
     if isinstance(config, PpoConfig):
-        # As if every answer were as long as it may be.
-        samples = config.ppo.samples_per_prompt
-        answer = [0] * config.ppo.max_new_tokens
-        longest: list[PromptRow] = sorted(rows, key=lambda row: -len(row.prompt))[: config.minibatch_size]
-        episodes = [
-            Episode(i * samples + k, row, answer, True, "") for i, row in enumerate(longest) for k in range(samples)
-        ]
-        groups = list(by_tokens(episodes[: config.minibatch_size], limit))
+        for minibatch in islice(_minibatches(config, rows), STEPS_LOOKED_AT):
+            groups += by_tokens(minibatch, limit)
         best = max(groups, key=_episode_tokens)
         return collate_episodes(best * copies, torch.device("cpu")), _episode_tokens(best)
     order = BatchOrder(len(rows), config.optim.batch_size, config.run.seed)
@@ -334,6 +330,26 @@ def _largest(config: StageConfig, rows: Sequence[Any], device: torch.device, cop
     if config.stage == "rm":
         return collate_conversations(best * copies, torch.device("cpu")), tokens
     return collate(best * copies), tokens
+
+
+def _minibatches(config: PpoConfig, rows: Sequence[PromptRow]) -> Iterator[list[Episode]]:
+    """One of the longest prompts, which may come late, and then those of the first passes over each rollout, as if
+    every answer were as long as it may be. The longest alone may be cut into micro-batches that are half empty.
+    """
+    samples, size = config.ppo.samples_per_prompt, config.minibatch_size
+    answer = [0] * config.ppo.max_new_tokens
+
+    def episodes(prompts: Sequence[PromptRow]) -> list[Episode]:
+        return [Episode(i, prompts[i // samples], answer, True, "") for i in range(len(prompts) * samples)]
+
+    yield episodes(sorted(rows, key=lambda row: -len(row.prompt))[:size])[:size]
+    per_step = config.ppo.rollout_size // samples
+    for step, sampled in enumerate(rollout_sizes(config, len(rows)), start=1):
+        places = prompts_of_step(len(rows), per_step, config.run.seed, step)
+        rollout = episodes([rows[i] for i in places[: sampled // samples]])
+        order = np.random.default_rng((config.run.seed, step, 1)).permutation(sampled)
+        for start in range(0, sampled, size):
+            yield [rollout[i] for i in order[start : start + size]]
 
 
 def _tree(row: PairRow) -> Tree:

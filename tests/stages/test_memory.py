@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_model, write_jsonl
 
 from rlhfkit.config.load import load_config
 from rlhfkit.config.stages import PpoConfig, RmConfig, SftConfig
@@ -182,6 +182,25 @@ def test_bytes_by_hand(
     assert found.rollout["drawing tokens"] == 16 * 384 * memory.DRAWING
     # What is kept and what passes add up; the two phases of a step follow each other, and nothing counts twice.
     assert found.total == sum(found.held.values()) + max(sum(found.rollout.values()), sum(found.update.values()))
+
+
+def test_the_largest_micro_batch_of_ppo_is_the_fullest(
+    settings: Callable[..., Any], model: Path, tmp_path: Path
+) -> None:
+    """The longest prompts are cut into micro-batches of two; three of the others fill one better."""
+    prompts = [{"prompt": f"{'abcdefghijklmnop'[i]} {'one two ' * (24 if i < 4 else 12)}"} for i in range(16)]
+    (tmp_path / "r.py").write_text("def f(prompts, responses):\n    return [0.0] * len(responses)\n")
+    more: dict[str, Any] = {"model__path": str(model), "data__train": [str(write_jsonl(tmp_path / "p.jsonl", prompts))]}
+    more |= {"ppo__reward": [f"{tmp_path}/r.py:f"], "ppo__max_new_tokens": 8, "ppo__rollout_size": 4}
+    config = load_config(PpoConfig, flags=settings("run", **more))
+    _, rows, *_ = planned(config)
+    lengths = sorted(len(row.prompt) + 8 for row in rows)
+    least, most = lengths[0], lengths[-1]
+    limit = 4 * least
+    assert 2 * most <= limit < 3 * most
+    config = load_config(PpoConfig, flags=settings("run", **more, optim__micro_batch_tokens=limit))
+    found, *_ = planned(config)
+    assert 2 * most < found.tokens <= limit
 
 
 def test_what_fits_is_what_fills_the_memory(settings: Callable[..., Any], model: Path, sft_file: Path) -> None:
