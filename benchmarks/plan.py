@@ -36,7 +36,7 @@ SETTINGS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ppo, all weights, fp32": ("ppo", ("--precision", "fp32", "--reward", "{rm}")),
     "sft, LoRA, bf16": ("sft", ("--precision", "bf16", *LORA)),
     "ppo, LoRA, value adapter, bf16": (
-        "ppo", ("--precision", "bf16", *LORA, *FULL, "--reward", "{rule}", "--value-model", "adapter"),
+        "ppo", ("--precision", "bf16", *LORA, "--reward", "{rm_lora}", "--value-model", "adapter"),
     ),
     "ppo, LoRA, 4bit": ("ppo", ("--precision", "bf16", *LORA, *FULL, "--reward", "{rule}", "--quantize", "4bit")),
     "sft, all weights, fp32": ("sft", ("--precision", "fp32")),
