@@ -247,9 +247,6 @@ class PpoConfig(StageConfig):
             found["ppo.value_cliprange"] = "has no effect while ppo.value_coef is 0"
         if ppo.ppo_epochs == 1:
             found["ppo.early_stop_kl"] = "has no effect with one pass over each rollout"
-            if self.minibatch_size == ppo.rollout_size:
-                words = "has no effect with one step on each rollout: nothing has moved before it"
-                found |= dict.fromkeys(("ppo.cliprange", "ppo.value_cliprange"), words)
         if ppo.advantage != "gae":
             words = f"has no effect with advantage '{ppo.advantage}', which needs no value model"
             names = ("value_model", "value_coef", "value_cliprange", "gamma", "lam", "whiten_advantages")
@@ -444,12 +441,13 @@ class GenerateConfig(GenerateBlock):
     @property
     def without_effect(self) -> dict[str, str]:
         found: dict[str, str] = {}
-        if self.input:
+        if self.input and self.stream:  # to want none is no contradiction
             found["stream"] = "has no effect with input, whose answers go to a file"
-        else:
+        if not self.input:
             found |= dict.fromkeys(("output", "batch_size"), "has no effect without input; give --input FILE")
         if self.temperature == 0:
-            found |= dict.fromkeys(("top_p", "seed"), "has no effect at temperature 0")
+            # A seed is a promise of equal answers, which greedy decoding keeps without it.
+            found["top_p"] = "has no effect at temperature 0"
         return found
 
     @property
