@@ -43,6 +43,15 @@ ConfigT = TypeVar(
     GenerateConfig,
     ScoreConfig,
 )
+RESOLVED = "config.resolved.yaml"  # a run's own recipe, in its folder
+# What others call it: transformers' and TRL's arguments, LLaMA-Factory's.
+WELL_KNOWN = {
+    "learning_rate": "optim.lr", "num_train_epochs": "optim.epochs", "per_device_train_batch_size": "optim.batch_size",
+    "train_batch_size": "optim.batch_size", "output_dir": "run.out", "model_name_or_path": "model.path",
+    "lr_scheduler_type": "optim.scheduler", "cutoff_len": "data.max_length", "max_seq_length": "data.max_length",
+    "dataset": "data.train", "lora_r": "lora.rank", "report_to": "run.trackers", "save_steps": "run.save_every",
+    "logging_steps": "run.log_every", "eval_steps": "run.eval_every",
+}  # fmt: skip
 NOT_RESOLVED = ("resume", "plan")  # say how to start, not what to compute
 
 
@@ -119,7 +128,9 @@ def load_config(
     if config is not None:
         # A faulty field stands at its default here; what follows from that is no fault of its own.
         passed_over = [path for path, _ in field_faults] + list(not_needed)
-        found = config.problems() + _without_effect(config, said)
+        # In a run's own recipe stands what was taken for ``auto``; beside it, what is given alone is meant.
+        meant = None if recipe and Path(recipe).name == RESOLVED else config
+        found = config.problems() + _without_effect(config, said, meant)
         problems = [p for p in found if not any(_overlap(p[0], path) for path in passed_over)]
         faults += [f"{path}: {words}" for path, words in problems]
     if faults or config is None:
@@ -132,14 +143,14 @@ def load_config(
     return config
 
 
-def _without_effect(config: Block, said: Collection[str]) -> list[Problem]:
-    """Keys that change nothing beside the others. A default is a fault only where it was asked for (``said``), since a
-    resolved recipe gives every key.
+def _without_effect(config: Block, said: Collection[str], meant: Block | None) -> list[Problem]:
+    """Keys that change nothing beside the others. A default is a fault only where it was asked for (``said``); another
+    value also where it stands in ``meant``.
     """
     found = []
     for path, why in config.without_effect.items():
         block, _, name = path.rpartition(".")
-        if path in said or changed(getattr(config, block) if block else config, name):
+        if path in said or (meant is not None and changed(getattr(meant, block) if block else meant, name)):
             found.append((path, why))
     return found
 
@@ -287,6 +298,10 @@ def _words(cls: type[Block], path: str, fault: Any) -> str:
     flags = {(field.flag or "").removeprefix("--").replace("-", "_"): field.path for field in iterate_fields(cls)}
     meant = [p for p in paths if p.rsplit(".", 1)[-1] == leaf] or [flags[leaf]] if leaf in flags else []
     meant = meant or difflib.get_close_matches(path, paths, n=2, cutoff=0.75)
+    meant = meant or ([WELL_KNOWN[leaf]] if WELL_KNOWN.get(leaf) in paths else [])
+    if not meant:
+        blocks = sorted({p.partition(".")[0] for p in paths if "." in p})
+        meant = difflib.get_close_matches(path, blocks, n=1, cutoff=0.75)
     if not meant:
         leaves = {p.rsplit(".", 1)[-1]: p for p in paths}
         meant = [leaves[name] for name in difflib.get_close_matches(leaf, leaves, n=2, cutoff=0.75)]

@@ -10,7 +10,7 @@ from itertools import dropwhile
 from pathlib import Path
 
 from rlhfkit.data.rows import OnBadRow, OnRemark, RawRow, Remark
-from rlhfkit.data.text import data_suffix, is_gzip, opened, snippet, text_lines
+from rlhfkit.data.text import HALF_CHARACTER, data_suffix, is_gzip, opened, snippet, text_lines
 from rlhfkit.errors import DataError
 
 _QUOTED = re.compile(r'"(?:[^"]|"")*"')
@@ -54,7 +54,14 @@ def csv_rows(path: Path, on_bad: OnBadRow, on_remark: OnRemark) -> Iterator[RawR
         try:
             form.refuse_single_quotes(where, text, header)
             if len(cells) != len(header):
-                raise _ragged(where, cells, header) if whole else _cut_short(where, cells, header)
+                raise _ragged(where, cells, header) if whole else _cut_short(where, _ragged(where, cells, header))
+            if text.endswith(HALF_CHARACTER):
+                raise _cut_short(where, DataError(f"{where}: it ends inside a character"))
+            if [cell.strip().removeprefix("\ufeff") for cell in cells] == header:
+                raise DataError(
+                    f"{where}: the header stands here again",
+                    hint="files were put together with their headers: remove this line",
+                )
         except DataError as error:
             on_bad(error)
             continue
@@ -149,9 +156,7 @@ def _header(where: str, cells: Sequence[str]) -> list[str]:
     # pandas writes its index as a first column without a name; it is left out of the rows.
     if "" in names[1:]:
         raise DataError(f"{where}: column {names.index('', 1) + 1} of the header has no name", hint="name every column")
-    repeated = next((name for name in names if names.count(name) > 1), None)
-    if repeated is not None:
-        raise DataError(f'{where}: the header names the column "{repeated}" twice', hint="rename one of them")
+    _refuse_repeated(where, names)
     long = next((name for name in names if len(name) > _LONGEST_COLUMN_NAME or "\n" in name), None)
     if long is not None:
         raise DataError(
@@ -161,6 +166,12 @@ def _header(where: str, cells: Sequence[str]) -> list[str]:
     return names
 
 
+def _refuse_repeated(where: str, names: Sequence[str]) -> None:
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated is not None:
+        raise DataError(f'{where}: the header names the column "{repeated}" twice', hint="rename one of them")
+
+
 def _ragged(where: str, cells: Sequence[str], header: Sequence[str]) -> DataError:
     return DataError(
         f"{where}: the row has {len(cells)} cells, the header {len(header)} ({', '.join(header)})",
@@ -168,9 +179,9 @@ def _ragged(where: str, cells: Sequence[str], header: Sequence[str]) -> DataErro
     )
 
 
-def _cut_short(where: str, cells: Sequence[str], header: Sequence[str]) -> DataError:
+def _cut_short(where: str, fault: DataError) -> DataError:
     return DataError(
-        f"{where}: the last line is cut short: {_ragged(where, cells, header).message.removeprefix(where + ': ')}",
+        f"{where}: the last line is cut short: {fault.message.removeprefix(where + ': ')}",
         hint="the copy or download may have stopped early: fetch the file again, or remove the unfinished row",
     )
 
@@ -202,6 +213,7 @@ def parquet_rows(path: Path) -> Iterator[RawRow]:
         source = io.BytesIO(stream.read()) if is_gzip(file) else stream
         try:
             table = parquet.ParquetFile(source)
+            _refuse_repeated(str(path), table.schema_arrow.names)
             for group in range(table.num_row_groups):
                 for batch in table.iter_batches(batch_size=1024, row_groups=[group]):
                     for fields in batch.to_pylist():

@@ -13,6 +13,8 @@ from typing import BinaryIO
 
 from rlhfkit.errors import DataError
 
+HALF_CHARACTER = "\ufffd"  # stands for a character of which a file has the first bytes alone
+CUT_SHORT = "unexpected end of data"  # the decoder's word for that; inside a file the next byte is a wrong one
 SAMPLE_BYTES = 1 << 24
 _CHUNK_BYTES = 1 << 20
 
@@ -57,14 +59,19 @@ def plain(path: Path) -> Iterator[BinaryIO]:
 
 
 def text_lines(path: Path) -> Iterator[str]:
-    """Lines of a UTF-8 file with their ends, one at a time; only ``\\n`` ends a line, so texts may hold U+2028."""
+    """Lines of a UTF-8 file with their ends, one at a time; only ``\\n`` ends a line, so texts may hold U+2028.
+
+    A file that was cut inside a character ends with `HALF_CHARACTER`.
+    """
     offset = 0
     with opened(path) as stream:
         for number, raw in enumerate(stream, start=1):
             try:
                 text = raw.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise encoding_error(path, offset=offset + error.start, line=number) from None
+                if error.reason != CUT_SHORT:
+                    raise encoding_error(path, offset=offset + error.start, line=number) from None
+                text = raw.decode("utf-8", errors="replace")
             offset += len(raw)
             yield text.removeprefix("\ufeff") if number == 1 else text
 
@@ -80,6 +87,9 @@ def text_chunks(path: Path) -> Iterator[str]:
             try:
                 text = decoder.decode(raw, final=not raw)
             except UnicodeDecodeError as error:
+                if error.reason == CUT_SHORT:
+                    yield HALF_CHARACTER
+                    return
                 line += raw.count(b"\n", 0, max(0, error.start - held))
                 raise encoding_error(path, offset=offset - held + error.start, line=line) from None
             offset += len(raw)

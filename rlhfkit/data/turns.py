@@ -83,6 +83,10 @@ def message_of(name: str, item: Any) -> Message:
     if not isinstance(role, str) or role not in ROLES:
         said = f'the role "{role}"' if isinstance(role, str) else f"{found_words(role)} as role"
         raise FieldFault(f"{name}.{role_key}", f"{said} is not supported; roles are {', '.join(ROLES)}")
+    if ROLES[role] == "assistant" and item.get("weight") not in (None, 1):
+        raise FieldFault(
+            f"{name}.weight", f"{found_words(item['weight'])}: turns cannot be weighed; every answer is learned"
+        )
     if item.get("tool_calls"):
         raise FieldFault(f"{name}.tool_calls", "tool calls are not supported")
     return Message(ROLES[role], content_of(f"{name}.{content_key}", item[content_key]))

@@ -32,7 +32,7 @@ from accelerate.utils import (
 from safetensors import SafetensorError
 from torch import Tensor
 
-from rlhfkit.config.load import dump_config
+from rlhfkit.config.load import RESOLVED, dump_config
 from rlhfkit.config.rewards import without_secrets
 from rlhfkit.config.stages import StageConfig
 from rlhfkit.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError, RewardError
@@ -45,7 +45,7 @@ from rlhfkit.runtime.checkpoint import checkpoint_folders, load_checkpoint, save
 from rlhfkit.runtime.optim import MOST_SKIPPED, SkippedError, choose_optimizer
 from rlhfkit.runtime.records import append_json, json_lines, replace_text
 from rlhfkit.runtime.screen import Screen, quiet_libraries
-from rlhfkit.runtime.settings import RESOLVED, check_folder, command_line, refuse_other_choices
+from rlhfkit.runtime.settings import check_folder, command_line, refuse_other_choices
 from rlhfkit.runtime.trackers import check_trackers, track_histogram, track_samples
 
 

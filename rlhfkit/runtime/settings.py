@@ -14,12 +14,11 @@ from typing import Any
 
 import yaml
 
-from rlhfkit.config.load import differing_keys, dump_config
+from rlhfkit.config.load import RESOLVED, differing_keys, dump_config
 from rlhfkit.config.stages import StageConfig
 from rlhfkit.errors import CheckpointError, ConfigError, Interrupted
 from rlhfkit.words import mark
 
-RESOLVED = "config.resolved.yaml"
 # Keys that change what is written or how fast, but not which weights come out.
 FREE_ON_RESUME = {
     "run.out", "run.keep", "run.log_every", "run.save_every", "run.eval_every", "run.trackers", "run.view",

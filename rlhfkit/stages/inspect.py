@@ -72,6 +72,7 @@ def run(config: StageConfig, *, detected: bool, rows: int, as_json: bool, dump: 
     audit = Audit(limit)
     reports = []
     dumped = 0
+    unusable: DataError | None = None
     with _lines_to(dump) as write:
         for source, place in zip(sources, places, strict=True):
             audit.start(source.name, source.weight)
@@ -83,12 +84,19 @@ def run(config: StageConfig, *, detected: bool, rows: int, as_json: bool, dump: 
                 report.extend(read)
                 write(lines)
                 dumped += len(lines)
-            refuse_unusable(report, _kind(config))
             reports.append(report)
+            try:
+                refuse_unusable(report, _kind(config))
+            except DataError as error:
+                if not as_json:
+                    raise
+                unusable = unusable or error  # whoever reads the counts gets them first
     audit.finish(lambda wanted: _wheres(chain.from_iterable(_records(places, config)), wanted))
 
     if as_json:
         print(json.dumps(counts(audit, reports, config, text)))
+        if unusable is not None:
+            raise unusable
         return audit.hurting()
     console = Console(highlight=False)
     _show_setting(console, config, text, detected=detected, limit=limit)

@@ -16,6 +16,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from rlhfkit import __version__
+from rlhfkit.config.load import RESOLVED
 from rlhfkit.errors import CheckpointError, ConfigError, Interrupted, ModelError
 from rlhfkit.models.converted import kept_tokenizer
 from rlhfkit.models.folder import RECORD, ModelSource, open_model
@@ -28,7 +29,6 @@ from rlhfkit.words import tr
 from rlhfkit.words.lines import shown
 
 PROOF = "merge.json"
-_RESOLVED = "config.resolved.yaml"
 # Scripts, digits, code: what a model may have learned about.
 _PROBES = (
     "The quick brown fox jumps over the lazy dog, and then it counts: 1, 2, 3, 4, 5, 6, 7.",
@@ -279,7 +279,7 @@ def _trained_on(merge: Merge, adapter: Path) -> str:
     """``4bit`` or ``8bit`` if the run held its base so; ``none`` if not, or if nothing tells."""
     if recorded := merge.source.record.get("quantize"):
         return str(recorded)
-    resolved = adapter.parent / _RESOLVED
+    resolved = adapter.parent / RESOLVED
     if resolved.is_file():
         settings = yaml.safe_load(resolved.read_text(encoding="utf-8")) or {}
         return str((settings.get("model") or {}).get("quantize") or "none")

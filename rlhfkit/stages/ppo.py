@@ -75,9 +75,9 @@ class UpdateBatch(NamedTuple):
 
 def run(config: PpoConfig) -> StageResult:
     """Train; see the module's first lines. ``final/`` holds the policy, ``value/`` its value function."""
+    config = fit_length(config)
     if (done := finished_result(config)) is not None:
         return done
-    config = fit_length(config)
     run = start_run(config)
     ppo = config.ppo
     if run.sharded and not run.accelerator.is_fsdp2:

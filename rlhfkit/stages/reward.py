@@ -65,9 +65,9 @@ def run(config: RmConfig) -> StageResult:
         from rlhfkit.stages import trl_stages
 
         return trl_stages.run(config)
+    config = fit_length(config)
     if (done := finished_result(config)) is not None:
         return done
-    config = fit_length(config)
     run = start_run(config)
 
     # 1. Pairs to token ids.

@@ -42,9 +42,9 @@ def run(config: SftConfig) -> StageResult:
         from rlhfkit.stages import trl_stages
 
         return trl_stages.run(config)
+    config = fit_length(config)
     if (done := finished_result(config)) is not None:
         return done
-    config = fit_length(config)
     run = start_run(config)
 
     # 1. Rows to token ids with a mask over the assistant's words.

@@ -50,9 +50,9 @@ class Data(NamedTuple):
 
 def run(config: StageConfig) -> StageResult:
     """Train; see the module's first lines. ``final/`` holds what the stage of our own would leave there."""
+    config = fit_length(config)
     if (done := finished_result(config)) is not None:
         return done
-    config = fit_length(config)
     run = start_run(config)
     refuse_processes(run)
     with quiet_trl(), TemporaryDirectory(prefix="rlhfkit-trl-") as scratch:

@@ -445,3 +445,12 @@ def test_a_long_text_is_shown_by_its_ends(encoder: ChatEncoder) -> None:
     )
     assert "[…3,801" in shown
     assert "z<|im_end|>" in shown
+
+
+def test_counts_are_printed_though_no_row_is_any_good(cli: Any) -> None:
+    write_jsonl(Path("bad.jsonl"), [{"prompt": "a", "response": ""}, {"prompt": "b", "response": 3}])
+    outcome = inspect(cli, "bad.jsonl", "--stage", "sft", "--json")
+    assert outcome.code == 1
+    found = json.loads(outcome.out)
+    assert (found["rows"], found["skipped"], found["tokens"]) == (0, 2, 0)
+    assert "none of its 2 rows can be used for sft" in outcome.err

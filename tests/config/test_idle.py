@@ -11,6 +11,7 @@ from settings_given import GRPO, NEEDED, SFT, fault_lines
 
 from rlhfkit.config.load import dump_config, load_config
 from rlhfkit.config.stages import STAGES
+from rlhfkit.errors import ConfigError
 
 URL = "without a reward that is a URL"
 IDLE: list[tuple[str, dict[str, Any], str, tuple[Any, ...], str]] = [
@@ -85,3 +86,20 @@ def test_weights_of_sources_are_checked_with_the_rest() -> None:
 def test_what_is_kept_anyway_may_be_asked_for(given: dict[str, Any]) -> None:
     """Equal answers of greedy decoding, and no streaming into a file."""
     load_config(STAGES["generate"], flags=NEEDED["generate"] | given)  # type: ignore[type-var]
+
+
+def test_beside_a_recipe_of_a_run_only_what_is_given_counts(tmp_path: Path) -> None:
+    """It has values for what was left to the run, and for what other options made idle."""
+    recipe = tmp_path / "config.resolved.yaml"
+    ppo = load_config(STAGES["ppo"], flags=NEEDED["ppo"])  # type: ignore[type-var]
+    recipe.write_text(dump_config(ppo, {"ppo.kl_estimator": "k1"}))
+    load_config(STAGES["ppo"], recipe=str(recipe), flags={"ppo.kl_coef": 0})  # type: ignore[type-var]
+    sft = load_config(STAGES["sft"], flags=SFT | {"lora.rank": 8, "lora.alpha": 4})  # type: ignore[type-var]
+    recipe.write_text(dump_config(sft))
+    load_config(STAGES["sft"], recipe=str(recipe), flags={"lora.rank": 0})  # type: ignore[type-var]
+    given = {"lora.rank": 0, "lora.alpha": 4}
+    with pytest.raises(ConfigError, match=r"lora\.alpha: has no effect"):
+        load_config(STAGES["sft"], recipe=str(recipe), flags=given)  # type: ignore[type-var]
+    recipe.rename(tmp_path / "own.yaml")
+    with pytest.raises(ConfigError, match=r"lora\.alpha: has no effect"):
+        load_config(STAGES["sft"], recipe=str(tmp_path / "own.yaml"), flags={"lora.rank": 0})  # type: ignore[type-var]

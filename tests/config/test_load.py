@@ -67,6 +67,8 @@ def write_yaml(text: str, name: str = "a.yaml") -> Path:
         ("sft", "batch_size", "; did you mean optim.batch_size?"),  # the block is missing
         ("sft", "lora_rank", "; did you mean lora.rank?"),  # a flag's name, not a key's
         ("sft", "max_lenght", "; did you mean data.max_length?"),
+        ("sft", "modle", "; did you mean model?"),
+        ("sft", "optim.learning_rate", "; did you mean optim.lr?"),  # transformers' name
         ("ppo", "ppo.kl-coef", "; did you mean ppo.kl_coef?"),
         ("ppo", "ppo.target_kl", "; did you mean ppo.kl_target?"),
         ("generate", "max_tokens", "; did you mean max_new_tokens?"),

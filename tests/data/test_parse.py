@@ -120,6 +120,10 @@ def test_sft_text() -> None:
         ({"prompt": 5, "response": "a"}, 'field "prompt": the number 5 where text or a list of turns is needed'),
         ({"question": "q", "answer": 4.5}, 'field "answer": the number 4.5 where one answer is needed'),
         ({"question": "q", "answer": True}, 'field "answer": true where one answer is needed'),
+        (
+            {"messages": [{"role": "user", "content": "q", "weight": 0}, {**assistant("a"), "weight": 0}]},
+            'field "messages[1].weight": the number 0: turns cannot be weighed; every answer is learned',
+        ),
         ({"prompt": "q", "response": " \n"}, 'field "response": the answer is empty'),
         ({"prompt": "", "response": "a"}, 'field "prompt": the user\'s text is empty'),
         ({"instruction": " ", "input": "", "output": "a"}, 'field "instruction": the user\'s text is empty'),

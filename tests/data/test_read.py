@@ -267,6 +267,39 @@ def test_what_is_no_fault_is_told(tmp_path: Path, content: str, told: list[tuple
 # --- folders and paths ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("cut", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": "中', ":2: the last line is cut short: not valid JSON at column 12"),
+        ("a.csv", "prompt,response\na,b\nc,中", ":3: the last line is cut short: it ends inside a character"),
+        ("a.json", '[{"prompt": "a"},\n{"prompt": "中', ":2: the file ends inside the array, at row 2: not valid JSON"),
+    ],
+)
+def test_a_file_may_end_inside_a_character(tmp_path: Path, name: str, content: str, told: str, cut: int) -> None:
+    """Where it is in UTF-8 all the same, and the row before is whole."""
+    path = write(tmp_path, name, content.encode()[:-cut])
+    assert message(path).startswith(name + told)
+    if name != "a.json":
+        assert len(list(read_rows(path, lambda error: None))) == 1
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_header_in_the_middle_is_no_row(tmp_path: Path, mark: str) -> None:
+    """Of files that were put together."""
+    path = write(tmp_path, "a.csv", f"{mark}prompt,response\na,b\n{mark}prompt,response\nc,d\n")
+    assert message(path) == "a.csv:3: the header stands here again"
+    assert [row.fields["prompt"] for row in read_rows(path, lambda error: None)] == ["a", "c"]
+
+
+def test_a_parquet_column_stands_once(tmp_path: Path) -> None:
+    columns = [pyarrow.array([text]) for text in "abc"]
+    parquet.write_table(
+        pyarrow.Table.from_arrays(columns, names=["prompt", "response", "response"]), tmp_path / "a.parquet"
+    )
+    assert message(tmp_path / "a.parquet").endswith('the header names the column "response" twice')
+
+
 def test_a_folder_gives_its_data_files_in_sorted_order(tmp_path: Path) -> None:
     write(tmp_path, "b.json", '[{"a": 2}]')
     write(tmp_path, "a.jsonl.gz", gzip.compress(b'{"a": 1}\n'))

@@ -227,7 +227,9 @@ def test_the_default_length_is_what_the_model_has(settings, sft_file):
     """And stands in the run's recipe; a length that was asked for is refused where it does not fit."""
     flags = settings("run", data__train=[str(sft_file)], run__save_every=1)
     del flags["data.max_length"]
-    sft.run(load_config(SftConfig, flags=flags | {"optim.max_steps": 2}))
+    flags |= {"optim.max_steps": 2}
+    sft.run(load_config(SftConfig, flags=flags))
+    sft.run(load_config(SftConfig, flags=flags | {"run.resume": True}))
     resolved = Path(flags["run.out"]) / "config.resolved.yaml"
     assert yaml.safe_load(resolved.read_text())["data"]["max_length"] == 512
     again = sft.run(load_config(SftConfig, recipe=str(resolved), flags={"run.out": str(resolved.parent) + "-again"}))
