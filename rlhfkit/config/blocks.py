@@ -285,7 +285,7 @@ class GenerateBlock(Block):
     prompt: str = option("", "One prompt; without --prompt and --input a chat starts.", flag="--prompt")
     input: str = option("", "File of prompts, any prompt format.", flag="--input")
     output: str = option("", "File for the answers, JSON lines in the order of --input.", flag="--output")
-    system: str = option("", "System message in front of every conversation.", flag="--system")
+    system: str = option("", "System message in front of every conversation that has none of its own.", flag="--system")
     max_new_tokens: int = option(256, "Longest answer in tokens.", flag="--max-new-tokens", ge=1)
     temperature: float = option(0.7, "Sampling temperature; 0 takes the likeliest token.", flag="--temperature", ge=0)
     top_p: float = option(1.0, "Sample from the smallest set with this probability.", flag="--top-p", gt=0, le=1)
