@@ -12,8 +12,10 @@ Started again with the same ``--out``, an interrupted comparison goes on.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -68,6 +70,7 @@ def main() -> None:
                         flush=True,
                     )
     print(table(curves))
+    print(table_by_kl(curves))
     draw(curves, args.batch_size, args.plot or args.out / "learning.png")
 
 
@@ -171,6 +174,37 @@ def table(curves: dict[str, Curve]) -> str:
                 means = [statistics.mean(run[key][part]) for run in runs]
                 cells.append(f"{statistics.mean(means):.3f} ({min(means):.3f} to {max(means):.3f})")
             lines.append(f"| {kind} | {who} | {len(runs)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def table_by_kl(curves: dict[str, Curve]) -> str:
+    """Mean reward of the rollouts of all seeds at about the same KL, with its standard error and their number; the
+    bounds are the quartiles of both contestants' rollouts."""
+    lines = []
+    for kind in ("rule", "model"):
+        points = {
+            who: [p for run in of(curves, kind, who) for p in zip(run["kl"], run["reward"], strict=True)]
+            for who in COLOURS
+        }
+        if not all(points.values()):
+            continue
+        bounds = [
+            -math.inf,
+            *statistics.quantiles([kl for all_of in points.values() for kl, _ in all_of], n=4),
+            math.inf,
+        ]
+        lines += [
+            f"| {kind}: KL | below {bounds[1]:.2f} | {bounds[1]:.2f} to {bounds[2]:.2f} "
+            f"| {bounds[2]:.2f} to {bounds[3]:.2f} | above |",
+            "|---|---|---|---|---|",
+        ]
+        for who, all_of in points.items():
+            cells = []
+            for low, high in pairwise(bounds):
+                rewards = [reward for kl, reward in all_of if low <= kl < high]
+                error = statistics.stdev(rewards) / len(rewards) ** 0.5 if len(rewards) > 1 else math.nan
+                cells.append(f"{statistics.mean(rewards):.2f} ± {error:.2f} ({len(rewards)})" if rewards else "")
+            lines.append(f"| {who} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
