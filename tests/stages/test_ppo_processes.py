@@ -18,14 +18,14 @@ from rlhfkit.config.stages import PpoConfig, RmConfig
 from rlhfkit.stages import ppo, reward
 
 # Seven prompts, two a step, two answers to each in minibatches of two: in micro-batches of one row, the processes have
-# different numbers of passes.
+# different numbers of passes. In the last step, of one prompt, one process has nothing to sample.
 COMMON = {
     "data.max_length": 128,
     "model.precision": "fp32",
     "optim.batch_size": 2,
     "optim.lr": 0.003,
-    "optim.max_steps": 3,
     "optim.micro_batch_tokens": 60,
+    "ppo.episodes": 10,
     "ppo.max_new_tokens": 8,
     "ppo.ppo_epochs": 2,
     "ppo.reward_normalize": "true",
