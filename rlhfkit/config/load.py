@@ -273,13 +273,21 @@ def _validate(cls: type[ConfigT], raw: dict[str, Any]) -> tuple[ConfigT | None, 
         faults = []
         repaired = _copy(raw)
         for fault in error.errors():
-            path = ".".join(str(part) for part in fault["loc"])
-            faults.append((path, _words(cls, path, fault)))
+            at = ".".join(str(part) for part in fault["loc"])
+            paths = _leaves(at, fault["input"]) if fault["type"] == "extra_forbidden" else [at]
+            faults += [(path, _words(cls, path, fault)) for path in paths]
             _drop(repaired, fault["loc"])
         try:
             return cls.model_validate(repaired), faults
         except ValidationError:
             return None, faults
+
+
+def _leaves(path: str, value: Any) -> list[str]:
+    """The dotted paths of what stands in a block."""
+    if not isinstance(value, dict) or not value:
+        return [path]
+    return [leaf for key, inner in value.items() for leaf in _leaves(f"{path}.{key}", inner)]
 
 
 def _overlap(path: str, other: str) -> bool:
