@@ -6,9 +6,9 @@ documentation are made from it. A field without a flag is reachable from a recip
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Quantize = Literal["none", "8bit", "4bit"]
@@ -26,6 +26,15 @@ class Block(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
     refused: ClassVar[dict[str, str]] = {}  # of a stage: keys that people may look for, and why they are not to be had
+
+    @model_validator(mode="before")
+    @classmethod
+    def _listed(cls, given: Any) -> Any:
+        """A lone text is a list of one where a list belongs, as a lone flag is."""
+        if not isinstance(given, dict):
+            return given
+        lists = {name for name, info in cls.model_fields.items() if get_origin(info.annotation) is list}
+        return {key: [value] if key in lists and isinstance(value, str) else value for key, value in given.items()}
 
     @property
     def without_effect(self) -> dict[str, str]:

@@ -85,7 +85,7 @@ def test_a_near_miss_is_answered_with_the_name_that_was_meant(stage: str, key: s
     ("sets", "line"),
     [
         ("data=rows.jsonl", "data: a block of keys belongs here, not a value (found 'rows.jsonl')"),
-        ("data.train=rows.jsonl", "data.train: input should be a valid list (found 'rows.jsonl')"),
+        ("data.train=3", "data.train: input should be a valid list (found 3)"),
         ("model.path=3", "model.path: input should be a valid string (found 3)"),
         (
             "optim.lr=fast",
@@ -391,3 +391,11 @@ def test_differing_keys_are_dotted_paths() -> None:
     assert differing_keys(old, old) == []
     # A key that only one of the two has, as in a run folder of an older version.
     assert differing_keys({"a": {"b": 1}}, {"a": {"b": 1, "c": 2}, "d": 3}) == ["a.c", "d"]
+
+
+def test_a_lone_text_is_a_list_of_one() -> None:
+    recipe = write_yaml("model: {path: M}\ndata: {train: rows.jsonl}\nrun: {trackers: none}\n")
+    config = load_config(STAGES["sft"], recipe=str(recipe))
+    assert config.data.train == ["rows.jsonl"]
+    assert config.run.trackers == ["none"]
+    assert load_config(STAGES["score"], flags={"model": "M", "data": "rows.jsonl"}).data == ["rows.jsonl"]
