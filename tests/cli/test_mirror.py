@@ -78,6 +78,7 @@ def test_xet_is_left_alone_when_asked_for(hub: Hub, tmp_path: Path) -> None:
     assert "/xet-read-token" in hub.asked
 
 
+@pytest.mark.slow
 def test_a_failure_names_the_mirror(hub: Hub, tmp_path: Path) -> None:
     done = rlhfkit(tmp_path, "generate", "--model", "owner/other", "--prompt", "x", "--hf-endpoint", hub.url)
     assert done.returncode == 1

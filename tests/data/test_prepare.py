@@ -412,7 +412,10 @@ prepare.prepare_rows("a.jsonl", locate("a.jsonl"), recipe, partial(Screen().coun
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number",
+    [*(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGTERM)), signal.SIGKILL],
+)
 def test_no_process_outlives_the_first(number: signal.Signals) -> None:
     save("a.jsonl", [{"text": "words"}] * 20_000)
     process = subprocess.Popen(
