@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+# Before anything imports huggingface_hub, which reads it once: a fixture of one test comes too late, and each question
+# to an unreachable hub takes 20 s.
+os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RLHFKIT_LANG"] = "en"  # whatever the locale of whoever runs the tests
 
 SENTENCES = [
@@ -72,11 +75,6 @@ def make_model(folder: Path, *, seed: int = 0, **config: Any) -> Path:
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
-
-
-@pytest.fixture(autouse=True)
-def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -103,6 +103,7 @@ def test_rm() -> None:
     assert_same(words, ("loss", "grad_norm", "accuracy", "margin", "eval_loss", "eval_reward_chosen"), steps=3)
 
 
+@pytest.mark.slow  # the default suite has that of stages/test_ppo_processes.py
 def test_ppo() -> None:
     """Two answers to one prompt: one process samples and scores, the other has nothing to do until the update."""
     data = write_jsonl(Path("prompts.jsonl"), [{"prompt": f"say {i} words"} for i in ROWS])

@@ -46,9 +46,8 @@ TRAIN = ("sft", "--model", "owner/tiny", "--data", "owner/rows", "--out", "run",
 ASK = ("--prompt", "x", "--max-new-tokens", "2")
 
 
-@pytest.mark.parametrize(
-    "how", ["flag", *(pytest.param(how, marks=pytest.mark.slow) for how in ("recipe", "environment"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["flag", "recipe", "environment"])
 def test_everything_comes_from_the_mirror(hub: Hub, tmp_path: Path, how: str) -> None:
     words: list[str] = []
     env: dict[str, str] = {}

@@ -209,10 +209,10 @@ def test_dpo_starts_at_ln_2_and_equals_the_formula(of: Make, tiny_model: Path) -
     assert rows[1]["eval_loss"] == pytest.approx(float(torch.stack(losses).mean()), abs=1e-4)
 
 
-SLOW = [pytest.param(stage, marks=pytest.mark.slow) for stage in ("rm", "kto", "rloo")]
+SLOW = [pytest.param(stage, marks=pytest.mark.slow) for stage in ("rm", "dpo", "kto", "rloo")]
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo", "grpo", *SLOW])
+@pytest.mark.parametrize("stage", ["sft", "grpo", *SLOW])
 def test_resume_equals_unbroken(of: Make, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped within the second epoch, evaluated once more than the unbroken run: the same weights, bit for bit."""
     more = {"optim__epochs": 2.5, "optim__batch_size": 5 if stage != "kto" else 4, "run__keep": 9}
