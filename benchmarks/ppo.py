@@ -225,8 +225,10 @@ def train_rival(name: str, job: Job, reward_of: Any = None) -> dict[str, Any]:
     policy = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
     reference = None if lora else AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
     rows = Dataset.from_list(read_jsonl(job["prompts"]))
+    micro_batch = job.get("micro_batch", 4)
     config = PPOConfig(
-        output_dir=job["out"], per_device_train_batch_size=4, gradient_accumulation_steps=job["batch_size"] // 4,
+        output_dir=job["out"], per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=job["batch_size"] // micro_batch,
         num_mini_batches=1, num_ppo_epochs=PPO["ppo_epochs"], total_episodes=job["episodes"],
         response_length=job["answer_tokens"], temperature=PPO["temperature"], stop_token="eos", kl_coef=PPO["kl_coef"],
         cliprange=PPO["cliprange"], cliprange_value=PPO["value_cliprange"], vf_coef=PPO["value_coef"],

@@ -37,13 +37,14 @@ def main() -> None:
     parser.add_argument("--answer-tokens", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rewards", nargs="+", default=["rule", "model"], choices=["rule", "model"])
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--plot", type=Path, help="picture to write; default learning.png in --out")
     parser.add_argument("--plot-only", action="store_true")
     args = parser.parse_args()
     if args.contestant:
         job: Job = json.loads(args.job.read_text())
         scores = rule_scores if job["rule"] else model_scores(job["reward"])
-        found = train_rival("trl-bf16", job, lambda tokenizer: as_module(scores, tokenizer))
+        found = train_rival(f"trl-{job['precision']}", job, lambda tokenizer: as_module(scores, tokenizer))
         Path(job["result"]).write_text(json.dumps(found))
         return
     args.out.mkdir(parents=True, exist_ok=True)
@@ -83,7 +84,8 @@ def ours(args: Any, name: str, kind: str, merged: Path, seed: int) -> Curve:
         "--value-model", "separate" if kind == "model" else "shared", "--batch-size", str(args.batch_size),
         "--rollout-size", str(args.batch_size), "--episodes", str(args.rows), "--max-prompt-length",
         str(args.prompt_tokens), "--max-new-tokens", str(args.answer_tokens), "--lr", str(args.lr),
-        "--max-grad-norm", "0", "--seed", str(seed), "--save-every", "0", "--trackers", "none", "--precision", "bf16",
+        "--max-grad-norm", "0", "--seed", str(seed), "--save-every", "0", "--trackers", "none", "--precision",
+        args.precision,
     ]  # fmt: skip
     for key, value in PPO.items():
         command += [f"--{key.replace('_', '-')}", str(value)]
@@ -96,6 +98,7 @@ def rivals(args: Any, name: str, kind: str, merged: Path, seed: int) -> Curve:
         "model": args.model, "reward": str(merged), "prompts": str(args.out / "prompt_ids.jsonl"), "seed": seed,
         "out": str(args.out / name), "batch_size": args.batch_size, "answer_tokens": args.answer_tokens,
         "lr": args.lr, "episodes": args.rows, "rule": kind == "rule",
+        "precision": args.precision,
     }  # fmt: skip
     found = own_process(args, args.rival_python, name, job, script=__file__)[0]
     return {"reward": found["rewards"], "kl": found["kl"]}

@@ -71,17 +71,20 @@ def packed_attention(
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    unknown = [name for name in ("softcap", "s_aux", "position_bias") if further.get(name) is not None]
+    one_mask = attention_mask is None or attention_mask.shape[1] == 1  # for all heads
+    if layout is None and query.shape[2] == 1 and one_mask and dropout == 0.0 and not unknown:
+        return _one_query(query, key, value, attention_mask, scaling), None
     if layout is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask,
             dropout=dropout, scaling=scaling, sliding_window=sliding_window, **further,
         )  # fmt: skip
-    for name in ("softcap", "s_aux", "position_bias"):
-        if further.get(name) is not None:
-            raise ModelError(
-                f"the attention of {type(module).__name__} uses {name}, which packed rows do not know",
-                hint="give --no-packing",
-            )
+    if unknown:
+        raise ModelError(
+            f"the attention of {type(module).__name__} uses {unknown[0]}, which packed rows do not know",
+            hint="give --no-packing",
+        )
     height, width = layout.rows.shape
     mask = None
     if sliding_window is not None and width > sliding_window:
@@ -107,6 +110,25 @@ def packed_attention(
     cells = out.transpose(1, 2).reshape(height * width, -1)
     collected: Tensor = _Collect.apply(cells, layout)
     return collected.view(1, len(layout.cells), out.shape[1], out.shape[3]), None
+
+
+def _one_query(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
+    """A decoding step: the query heads that share a key stand in the place of queries, so that nothing is repeated for
+    each of them; transformers copies all keys and values where there is a mask.
+
+    Args:
+        query: [B, heads, 1, D].
+        key, value: [B, key-value heads, L, D].
+        mask: [B, 1, 1, L] or None.
+
+    Returns:
+        [B, 1, heads, D]
+    """
+    batch, heads, _, depth = query.shape
+    groups = key.shape[1]
+    stacked = query.reshape(batch, groups, heads // groups, depth)
+    out = scaled_dot_product_attention(stacked, key, value, attn_mask=mask, scale=scaling)
+    return out.reshape(batch, 1, heads, out.shape[-1])
 
 
 def _to_rows(states: Tensor, layout: Layout) -> Tensor:

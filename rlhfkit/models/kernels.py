@@ -122,10 +122,10 @@ def _rms_norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
 
 def _swiglu_forward(self: Any, x: Tensor) -> Tensor:
     gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
-    if type(down) is nn.Linear and down.bias is None:
+    if type(down) is nn.Linear and down.bias is None and "forward" not in vars(down):
         found: Tensor = SwiGluDown.apply(gate, up, down.weight)
         return found
-    return down(SwiGlu.apply(gate, up))  # with an adapter, or in four bits
+    return down(SwiGlu.apply(gate, up))  # with an adapter, in four bits, or laid out for a few rows (`decoding`)
 
 
 def _embedding_forward(self: Any, input: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ adapted layer, kept until the backward pass, and half of the time of a decoding 
 from __future__ import annotations
 
 import types
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,27 +17,47 @@ from torch.nn.functional import linear
 
 def use_fast_lora(model: Any) -> None:
     """Give the adapted linear layers of a peft model a faster way to the same numbers."""
-    from peft.tuners.lora.layer import Linear
-
     for module in model.modules():
-        if type(module) is Linear and type(module.base_layer) is nn.Linear:
+        if _is_adapted_linear(module):
             module.forward = types.MethodType(_forward, module)
 
 
+class Adapter(NamedTuple):
+    """What is added to a layer's result: s B A x (Hu et al. 2021)."""
+
+    down: Tensor  # A, [rank, in]
+    up: Tensor  # B, [out, rank]
+    scale: float  # s
+
+
+def one_plain_adapter(layer: Any) -> Adapter | None:
+    """The adapter that a peft layer computes with now, if that is one and the sum above is all of it."""
+    if not _is_adapted_linear(layer) or layer.disable_adapters or layer.merged:
+        return None
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(active) != 1 or not _is_plain(layer, active[0]):
+        return None
+    return Adapter(layer.lora_A[active[0]].weight, layer.lora_B[active[0]].weight, layer.scaling[active[0]])
+
+
+def _is_adapted_linear(module: Any) -> bool:
+    from peft.tuners.lora.layer import Linear
+
+    return type(module) is Linear and type(module.base_layer) is nn.Linear
+
+
 def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """y = W x + b + s B A x (Hu et al. 2021) with the one active adapter; whatever is more goes peft's own way."""
+    """y = W x + b + s B A x with the one active adapter; whatever is more goes peft's own way."""
     found: Tensor
-    active = [name for name in self.active_adapters if name in self.lora_A]
-    plain = not (args or kwargs or self.disable_adapters or self.merged) and len(active) == 1
-    if not plain or not _is_plain(self, active[0]):
+    adapter = None if args or kwargs else one_plain_adapter(self)
+    if adapter is None:
         found = type(self).forward(self, x, *args, **kwargs)
         return found
-    base, scale = self.base_layer, self.scaling[active[0]]
-    down, up = self.lora_A[active[0]].weight, self.lora_B[active[0]].weight
+    base, (down, up, scale) = self.base_layer, adapter
     kind = x.device.type
     autocast = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if autocast else down.dtype
-    # A base that has another forward is laid out for a few rows (`decoding`).
+    # A base that has another forward is laid out alone for a few rows (`decoding`).
     frozen = type(base.weight) is nn.Parameter and not base.weight.requires_grad and "forward" not in vars(base)
     if frozen and (autocast or x.dtype == base.weight.dtype == dtype):
         found = AdaptedLinear.apply(x, base.weight, base.bias, down, up, scale, dtype)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import make_model
 from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlhfkit.config.blocks import LoraConfig
 from rlhfkit.data.batch import TokenRow, collate, micro_batches, token_row
@@ -191,6 +192,22 @@ def test_what_packed_attention_does_not_know_is_refused() -> None:
     states = torch.zeros(1, 1, 2, 4)
     with pytest.raises(ModelError, match="softcap"):
         packed_attention(None, states, states, states, None, layout=pack([Tree(ids(1, 2))]).layout, softcap=30.0)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("masked", [None, 1, 6])
+def test_a_decoding_step_is_that_of_transformers(groups: int, masked: int | None) -> None:
+    """With one mask for all heads, and with one of each (ALiBi)."""
+    draw = torch.Generator().manual_seed(groups)
+    query = torch.randn(3, 6, 1, 8, generator=draw)
+    key, value = (torch.randn(3, groups, 20, 8, generator=draw)[:, :, :11] for _ in range(2))
+    mask = None if masked is None else torch.randn(3, masked, 1, 11, generator=draw)
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 6 // groups, True
+    expected, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
+    found, _ = packed_attention(module, query, key, value, mask, scaling=0.3)
+    assert found.shape == expected.shape == (3, 1, 6, 8)
+    torch.testing.assert_close(found, expected)
 
 
 def test_sampling_goes_on_as_before(tiny_model: Path) -> None:
