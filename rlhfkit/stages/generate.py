@@ -16,7 +16,7 @@ from rlhfkit.config.load import differing_keys
 from rlhfkit.config.stages import GenerateConfig
 from rlhfkit.data.records import PromptRecord
 from rlhfkit.data.sources import load_records
-from rlhfkit.errors import ConfigError, DataError
+from rlhfkit.errors import ConfigError, DataError, TemplateError
 from rlhfkit.models.folder import open_model
 from rlhfkit.models.load import LoadedModel, load_model, load_text_side
 from rlhfkit.models.precision import DTYPES, current_device, resolve_precision
@@ -89,10 +89,8 @@ class Speaker:
     def room(self, conversation: Sequence[Message]) -> int:
         """How many tokens an answer may have: what was asked for, or what is left of the model's positions; below 1
         there is none left."""
-        if not self.positions:
-            return self.settings.max_new_tokens
-        left = self.positions - len(self.text.encoder.encode_prompt(conversation))
-        return min(self.settings.max_new_tokens, left)
+        used = len(self.text.encoder.encode_prompt(conversation))
+        return min(self.settings.max_new_tokens, self.positions - used if self.positions else sys.maxsize)
 
     def answer(
         self,
@@ -158,13 +156,18 @@ def answer_file(config: GenerateConfig, speaker: Speaker) -> None:
 
     Raises:
         DataError: the output holds answers to other prompts, or a prompt leaves too few positions for its answer.
+        TemplateError: the template refuses a prompt; names its row.
     """
     groups, _ = load_records([config.input], "ppo", on_bad_row="error")
     records = [r for group in groups for r in group if isinstance(r, PromptRecord)]
     for record in records:
         # All before the first answer; and refused, not cut: an answer must not depend on what it is sampled beside.
         conversation = _conversation(config, record.prompt)
-        if speaker.room(conversation) < config.max_new_tokens:
+        try:
+            room = speaker.room(conversation)
+        except TemplateError as error:
+            raise TemplateError(f"{record.where}: {error.message}", hint=error.hint) from None
+        if room < config.max_new_tokens:
             raise speaker.too_long(f"{record.where}: the prompt", conversation, config.max_new_tokens)
     output = Path(config.output)
     done = _answers_done(output, records, config)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
 from rlhfkit.config.load import load_config
 from rlhfkit.config.stages import GenerateConfig
-from rlhfkit.errors import DataError
+from rlhfkit.errors import DataError, TemplateError
+from rlhfkit.models.folder import ModelSource
 from rlhfkit.stages import generate
 
 
@@ -55,3 +57,26 @@ def test_the_number_format_that_auto_took_is_remembered(tiny_model, prompts_file
         generate.run(config)
     settings.write_text(settings.read_text().replace('"fp32"', '"auto"'))  # of an older version
     generate.run(config)
+
+
+def test_a_prompt_that_the_template_refuses_is_named_before_the_first_answer(tiny_model, tmp_path, monkeypatch):
+    """Of a model whose number of positions nobody knows, too."""
+    prompts = tmp_path / "p.jsonl"
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a film"}]
+    rows = [{"prompt": "a film"}, {"prompt": turns}]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    tokens = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
+    tokens["chat_template"] = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turn here') }}{% endif %}"
+        "[{{ m.content }}]{{ eos_token }}{% endfor %}"
+    )
+    (model / "tokenizer_config.json").write_text(json.dumps(tokens), encoding="utf-8")
+    flags = {
+        "model": str(model), "input": str(prompts), "output": str(tmp_path / "a.jsonl"), "max_new_tokens": 2,
+        "precision": "fp32", "batch_size": 1,
+    }  # fmt: skip
+    monkeypatch.setattr(ModelSource, "positions", 0)
+    with pytest.raises(TemplateError, match=r"p\.jsonl:2: the template .* refuses .*no system turn here"):
+        generate.run(load_config(GenerateConfig, flags=flags))
+    assert not (tmp_path / "a.jsonl").exists()
