@@ -60,7 +60,9 @@ Laid = tuple[Any, nn.Linear, Adapter | None]  # what is called, its weights, wha
 def _groups(model: nn.Module, autocast: torch.dtype | None) -> list[list[Laid]]:
     """The layers that can be laid out, those with the same input together."""
     groups: list[list[Laid]] = []
-    taken: set[nn.Module] = set()
+    # Matrices of adapters are part of their layer's product, or of one that is not computed now.
+    matrices = (getattr(m, name) for m in model.modules() for name in ("lora_A", "lora_B") if hasattr(m, name))
+    taken = {inner for m in matrices if isinstance(m, nn.Module) for inner in m.modules()}
     for module in model.modules():
         children = dict(module.named_children())
         families = [names for names in SIBLINGS if all(name in children for name in names)]

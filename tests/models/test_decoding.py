@@ -171,6 +171,14 @@ def test_adapters_are_part_of_the_product(adapted: Any, products: list[int], aut
     assert logits(adapted).isfinite().all()
 
 
+def test_matrices_of_adapters_are_not_laid_out_by_themselves(adapted: Any) -> None:
+    adapted.add_adapter("other", adapted.peft_config["default"])
+    with weights_laid_out(adapted, 16):
+        apart = [n for n, m in adapted.named_modules() if ".lora_" in n and "forward" in vars(m)]
+        assert any("forward" in vars(m) for m in adapted.modules())
+    assert apart == []
+
+
 def test_an_adapter_that_is_switched_off_is_left_out(adapted: Any, products: list[int]) -> None:
     with adapted.disable_adapter():
         expected = logits(adapted)
