@@ -157,10 +157,10 @@ def of(curves: dict[str, Curve], kind: str, who: str) -> list[Curve]:
 
 
 def table(curves: dict[str, Curve]) -> str:
-    """First and last quarter of the episodes, mean over the seeds, with the seeds' spread."""
+    """First and last quarter of the episodes and all of them, mean over the seeds, with the seeds' spread."""
     lines = [
-        "| reward | contestant | seeds | first quarter | last quarter | KL in the last quarter |",
-        "|---|---|---|---|---|---|",
+        "| reward | contestant | seeds | first quarter | last quarter | KL in the last quarter | all rollouts |",
+        "|---|---|---|---|---|---|---|",
     ]
     for kind in ("rule", "model"):
         for who in COLOURS:
@@ -173,6 +173,7 @@ def table(curves: dict[str, Curve]) -> str:
                 ("reward", slice(None, quarter)),
                 ("reward", slice(-quarter, None)),
                 ("kl", slice(-quarter, None)),
+                ("reward", slice(None)),
             ):
                 means = [statistics.mean(run[key][part]) for run in runs]
                 cells.append(f"{statistics.mean(means):.3f} ({min(means):.3f} to {max(means):.3f})")
