@@ -16,6 +16,7 @@ from torch import nn
 from rlhfkit.errors import ModelError
 from rlhfkit.models.folder import ModelSource
 from rlhfkit.models.load import HEAD_NAMES, LoadedModel, base_model
+from rlhfkit.models.lora import STARTS_BESIDE_THE_BASE
 
 POLICY, REFERENCE, REWARD, VALUE = "default", "reference", "reward", "value"
 
@@ -68,6 +69,8 @@ def fits_on(loaded: LoadedModel, source: ModelSource) -> bool:
     trained_beside = set(settings.modules_to_save or ())
     return (
         settings.peft_type == "LORA"
+        and settings.init_lora_weights in STARTS_BESIDE_THE_BASE
+        and not getattr(loaded.model.peft_config[POLICY], "trainable_token_indices", None)
         and trained_beside <= set(HEAD_NAMES)
         and getattr(settings, "bias", "none") == "none"
         and not getattr(settings, "trainable_token_indices", None)
@@ -90,7 +93,7 @@ def add_frozen_adapter(model: Any, folder: str, name: str) -> None:
     model.add_adapter(name, settings)
     weights = {k: v for k, v in load_peft_weights(folder).items() if ".lora_" in k}
     set_peft_model_state_dict(model, weights, adapter_name=name)
-    own = [key for key, _ in model.named_parameters() if f".{name}." in key and ".lora_" in key]
+    own = [key for key, _ in model.named_parameters() if f".{name}." in f"{key}." and ".lora_" in key]
     if len(own) != len(weights):
         raise ModelError(
             f"the adapter in {folder} holds {len(weights)} LoRA weights where its configuration asks for {len(own)}",
@@ -105,14 +108,17 @@ def add_value_adapter(model: Any, start: str) -> None:
 
     trains = _trainable(model)
     settings = copy.deepcopy(model.peft_config[start])
-    settings.modules_to_save = None
+    # It shares the policy's embedding and head, whatever of these trains with it, and starts from the weights below.
+    settings.modules_to_save = settings.modules_to_tie = None
+    settings.ensure_weight_tying = False
+    settings.init_lora_weights = True
     settings.inference_mode = False
     model.add_adapter(VALUE, settings)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in parameters.items():
-            if f".{VALUE}." in name and ".lora_" in name:
-                parameter.copy_(parameters[name.replace(f".{VALUE}.", f".{start}.")])
+            if f".{VALUE}." in f"{name}." and ".lora_" in name:
+                parameter.copy_(parameters[f"{name}.".replace(f".{VALUE}.", f".{start}.").removesuffix(".")])
                 trains.add(name)
     _restore(model, trains)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,10 +33,10 @@ def weights_laid_out(model: nn.Module, rows: int) -> Iterator[None]:
     what an adapter has learned at first. The copies are as large as the weights, in the format that is computed in;
     those of a large model are not made. For passes without gradients, while weights and the active adapter stay.
     """
-    if not FEWEST_ROWS <= rows <= MOST_ROWS or not _has_kernels():
+    autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    if not FEWEST_ROWS <= rows <= MOST_ROWS:
         yield
         return
-    autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
     groups = _groups(model, autocast)
     size = sum(base.weight.numel() * (autocast or base.weight.dtype).itemsize for g in groups for _, base, _ in g)
     before: list[tuple[nn.Module, Any]] = []
@@ -77,10 +78,10 @@ def _groups(model: nn.Module, autocast: torch.dtype | None) -> list[list[Laid]]:
 
 
 def _laid(layer: Any, autocast: torch.dtype | None) -> Laid | None:
-    if type(layer) is nn.Linear and _is_plain(layer):
+    if type(layer) is nn.Linear and _is_plain(layer, autocast):
         return (layer, layer, None)
     adapter = one_plain_adapter(layer)
-    if adapter is None or not _is_plain(base := layer.base_layer):
+    if adapter is None or not _is_plain(base := layer.base_layer, autocast):
         return None
     # Without autocast an adapter computes in a format of its own, beside a base that is laid out alone.
     return (layer, base, adapter) if autocast or adapter.down.dtype == base.weight.dtype else None
@@ -136,13 +137,22 @@ class _Product:
         return found
 
 
-def _has_kernels() -> bool:
-    # The operators that torch.compile uses for frozen weights.
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+@cache
+def _has_kernels(dtype: torch.dtype) -> bool:
+    """Whether this processor has the operators that torch.compile uses for frozen weights, in a number format."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return False
+    try:  # there is no other way to ask: formats depend on the processor, and on the library's version
+        torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=dtype), FEWEST_ROWS)
+    except RuntimeError:
+        return False
+    return True
 
 
-def _is_plain(layer: Any) -> bool:
+def _is_plain(layer: Any, autocast: torch.dtype | None) -> bool:
     if type(layer) is not nn.Linear or "forward" in vars(layer):
         return False
     weight, formats = layer.weight, (torch.float32, torch.bfloat16)
-    return weight.device.type == "cpu" and not isinstance(weight, DTensor) and weight.dtype in formats
+    held_here = weight.device.type == "cpu" and not isinstance(weight, DTensor) and weight.dtype in formats
+    computed = autocast or weight.dtype
+    return held_here and computed in formats and _has_kernels(computed)

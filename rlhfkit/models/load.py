@@ -194,6 +194,7 @@ def load_model(
     if source.adapter is not None:
         model = _load_adapter(model, source, task, trainable=lora is not None and not train_all, lora=lora)
         if train_all:
+            _refuse_to_merge_tied(model, source)
             model = model.merge_and_unload().requires_grad_(True)  # peft froze the base
             notes.append(f"the adapter of {source.adapter} was merged into its base; all weights train")
     elif lora is not None and lora.rank > 0:
@@ -495,7 +496,14 @@ def load_frozen_adapter(model: Any, folder: str, name: str) -> None:
     from peft import PeftConfig
 
     settings = PeftConfig.from_pretrained(folder)
+    if settings.bias != "none":
+        raise ModelError(
+            f"{folder} was trained with bias = '{settings.bias}': its biases are the base's own, and a policy that "
+            "goes on from it would change its reference with them",
+            hint=f"merge it first, and give the result as --model: rlhfkit merge {folder} MERGED",
+        )
     settings.inference_mode = True
+    settings.init_lora_weights = True  # PiSSA and its like would change the base a second time
     model.add_adapter(name, settings)
     set_adapter_weights(model, folder, name)
     inner = base_model(model)
@@ -504,6 +512,25 @@ def load_frozen_adapter(model: Any, folder: str, name: str) -> None:
     if name in getattr(embedding, "modules_to_save", {}) and name not in getattr(head, "modules_to_save", {name: None}):
         head.update(name, tied_module=embedding.modules_to_save[name])
     model.set_adapter("default")
+
+
+def _refuse_to_merge_tied(model: Any, source: ModelSource) -> None:
+    """peft merges into the one tensor that embedding and head share what was trained for one of them."""
+    inner = base_model(model)
+    layers = [layer for layer in (inner.get_input_embeddings(), inner.get_output_embeddings()) if layer is not None]
+    tied = bool(getattr(inner.config.get_text_config(decoder=True), "tie_word_embeddings", False))
+    trained = [getattr(layer, "modules_to_save", None) for layer in layers]
+    own = {id(module["default"].weight) if module and "default" in module else None for module in trained}
+    if tied and (
+        any(getattr(layer, "lora_A", None) or getattr(layer, "lora_embedding_A", None) for layer in layers)
+        or len(own) > 1
+    ):
+        raise ModelError(
+            f"the adapter of {source.adapter} changes the embedding or the head, which are one tensor in "
+            f"{source.base}: merged into it, either would change the other",
+            hint="merge it into a model whose embedding and head are two, and give that: rlhfkit merge "
+            f"{source.adapter} MERGED; or go on with --lora-rank",
+        )
 
 
 def disable_dropout(model: nn.Module) -> None:

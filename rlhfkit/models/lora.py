@@ -22,6 +22,11 @@ def use_fast_lora(model: Any) -> None:
             module.forward = types.MethodType(_forward, module)
 
 
+# Values of peft's ``init_lora_weights``. Other ways to start an adapter change the base's own weights, which its folder
+# does not hold.
+STARTS_BESIDE_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")
+
+
 class Adapter(NamedTuple):
     """What is added to a layer's result: s B A x (Hu et al. 2021)."""
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from rlhfkit.errors import ModelError
 from rlhfkit.models.folder import ModelSource
 from rlhfkit.models.load import HEAD_NAMES, base_model
+from rlhfkit.models.lora import STARTS_BESIDE_THE_BASE
 from rlhfkit.models.vocabulary import with_rows
 from rlhfkit.repair.folder import Folder
 from rlhfkit.repair.streamed import FileWeights, Read, empty, is_empty, outputs, plain_name, stream
@@ -46,8 +47,6 @@ _KNOWN = frozenset(
         "task_type", "use_dora", "use_rslora",
     }
 )  # fmt: skip
-# Other ways to start an adapter change the base's own weights, which its folder does not hold.
-_KNOWN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 # Off by more than this share of what the adapter changes, before any rounding, a merge is wrong: a layer forgotten,
 # another scale. Only sums are rounded there, in float32.
 SOUND = 1e-3
@@ -452,7 +451,7 @@ def _refuse_unknown(settings: Mapping[str, Any], folder: str, base: Folder) -> N
             "does not know: the result would be wrong",
             hint="peft's merge_and_unload may know it",
         )
-    if settings.get("init_lora_weights", True) not in _KNOWN_STARTS:
+    if settings.get("init_lora_weights", True) not in STARTS_BESIDE_THE_BASE:
         raise ModelError(
             f"{folder} was started with init_lora_weights = {settings['init_lora_weights']}, which changes the base's "
             "own weights: with the base as it is, the result would be wrong",

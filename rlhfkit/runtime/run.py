@@ -367,6 +367,8 @@ class Run:
         """
         evaluated = {k: v for k, v in metrics.items() if k.startswith("eval_") and isinstance(v, float)}
         self._refuse([k for k, v in evaluated.items() if not math.isfinite(v)], metrics.get("step", self.step))
+        if "event" not in metrics:  # a step: an evaluation of an earlier one says nothing of the model as it is now
+            self._last = {k: v for k, v in self._last.items() if not k.startswith("eval_")}
         self._last |= {k: v for k, v in metrics.items() if k != "event"}
         self._append(metrics)
         numbers = {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and k != "step"}

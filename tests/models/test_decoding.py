@@ -55,6 +55,30 @@ def test_nothing_is_copied_where_it_does_not_pay(rows: int, most: int, monkeypat
         assert not any("forward" in vars(layer) for layer in model)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_processor_without_the_format_multiplies_as_ever(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN refuses to lay out formats that a processor has no instructions for."""
+
+    def refuse(weight: Tensor, rows: int) -> Tensor:
+        if weight.dtype == torch.float32:
+            return plain(weight, rows)
+        raise RuntimeError("mkldnn_reorder_linear_weight: bf16 path needs the cpu support avx_ne_convert or avx512bw")
+
+    plain = torch.ops.mkldnn._reorder_linear_weight
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refuse)
+    decoding._has_kernels.cache_clear()
+    model = layers()
+    x = torch.randn(16, 40)
+    with torch.autocast("cpu", dtype):
+        expected = model(x)
+        with weights_laid_out(model, 16):
+            assert not any("forward" in vars(layer) for layer in model)
+            assert torch.equal(model(x), expected)
+    with weights_laid_out(model, 16):
+        assert all("forward" in vars(layer) for layer in model)
+    decoding._has_kernels.cache_clear()
+
+
 def test_layers_with_a_way_of_their_own_keep_it() -> None:
     class Doubled(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from rlhfkit.chat.messages import Message
 from rlhfkit.config.blocks import LoraConfig
 from rlhfkit.config.load import load_config
 from rlhfkit.config.stages import RmConfig, SftConfig
+from rlhfkit.models.adapters import POLICY, VALUE, active_adapter, add_value_adapter
 from rlhfkit.models.folder import open_model
 from rlhfkit.models.load import load_frozen_adapter, load_model, load_text_side
 from rlhfkit.models.scoring import RewardScorer
@@ -120,3 +121,13 @@ def test_a_reward_model_goes_on_from_it(trained: Trained, tmp_path: Path) -> Non
     names = run_card(final)
     asked, answer = (message["content"] for message in names["chat"])
     assert names["score"] == pytest.approx(ours.score([[Message("user", asked)]], [answer])[0], abs=2e-5)
+
+
+def test_a_value_function_goes_beside_an_embedding_that_grew(trained: Trained) -> None:
+    source = open_model(str(trained.final))
+    loaded = load_model(source, load_text_side(source), "causal", lora=LoraConfig(rank=4), dtype=torch.float32)
+    before = loaded.model(trained.ids).logits
+    add_value_adapter(loaded.model, POLICY)
+    torch.testing.assert_close(loaded.model(trained.ids).logits, before, rtol=0, atol=0)
+    with active_adapter(loaded.model, VALUE):
+        assert loaded.model(trained.ids).logits.isfinite().all()

@@ -403,6 +403,16 @@ def test_a_fault_in_an_evaluation_loses_no_step(flags, tmp_path, prompts_file):
         assert [row["step"] for row in rows if "event" not in row] == [1, 2, 3]
 
 
+def test_an_evaluation_that_failed_is_not_replaced_by_an_older_one(flags, tmp_path, prompts_file):
+    """The last one, after step 3: the run's end must not report the model that nobody had trained."""
+    words = r"ZeroDivisionError(.|\n)*last good checkpoint is .*step-3"
+    settings = {"data__eval": [str(prompts_file)]}
+    resumed, unbroken = goes_on_once_mended(flags, tmp_path / "rewards.py", 5, words, **settings)
+    assert resumed[-1]["event"] == unbroken[-1]["event"] == "end"
+    assert "eval_reward_mean" in unbroken[-1]
+    assert not [name for name in resumed[-1] if name.startswith("eval_")]
+
+
 def test_a_fault_before_training_is_named_as_such(flags, rewards, prompts_file):
     settings = {"data__eval": [str(prompts_file)], "ppo__reward": [f"{rewards}:broken"]}
     with pytest.raises(RewardError, match=r"^before step 1 of 3: the reward \S+:broken raised KeyError(.|\n)*→ it was"):
