@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from rlhfkit.algo.logprobs import CHUNK_TOKENS
-from rlhfkit.config.blocks import LoraConfig
+from rlhfkit.config.blocks import Kernels, LoraConfig
 from rlhfkit.config.rewards import parse_reward
 from rlhfkit.config.stages import PpoConfig, StageConfig
 from rlhfkit.data.batch import BatchOrder, collate, micro_batches
@@ -32,7 +32,7 @@ from rlhfkit.models.adapters import POLICY, add_value_adapter, fits_on
 from rlhfkit.models.attention import use_packed_attention
 from rlhfkit.models.decoding import FEWEST_ROWS, MOST_BYTES, MOST_ROWS
 from rlhfkit.models.folder import ModelSource, open_model
-from rlhfkit.models.kernels import use_fast_layers
+from rlhfkit.models.kernels import chosen_kernels, use_fast_layers
 from rlhfkit.models.load import (
     LoadedModel,
     Task,
@@ -44,7 +44,7 @@ from rlhfkit.models.load import (
     parameter_counts,
 )
 from rlhfkit.models.lora import use_fast_lora
-from rlhfkit.models.precision import DTYPES, resolve_precision
+from rlhfkit.models.precision import DTYPES, current_device, resolve_precision
 from rlhfkit.models.scoring import collate_conversations
 from rlhfkit.models.vocabulary import rows_for
 from rlhfkit.models.wrappers import LanguageModel, PolicyModel, RewardModel
@@ -127,7 +127,8 @@ def estimate(
         found.held["Python and libraries"] = psutil.Process().memory_info().rss + LIBRARIES
     task: Task = "reward" if config.stage == "rm" else "causal"
     with torch.device("meta"):
-        model, stored = _shell(source, text, task, config.lora, dtype, config.model.quantize, text.vocabulary)
+        kernels = config.optim.kernels
+        model, stored = _shell(source, text, task, config.lora, dtype, config.model.quantize, kernels, text.vocabulary)
         loaded = LoadedModel(model, text, source, quantize=config.model.quantize)
         module = _module(config, loaded, found, dtype, stored)
     trainable, _ = parameter_counts(module)
@@ -183,6 +184,7 @@ def _shell(
     lora: LoraConfig | None,
     dtype: torch.dtype,
     quantize: str,
+    kernels: Kernels,
     tokens: int = 0,
 ) -> tuple[Any, float]:
     """What `load_model` would give, of tensors without storage, and the bytes of its weights.
@@ -229,8 +231,9 @@ def _shell(
     inner = base_model(model)
     use_packed_attention(inner)
     use_fast_lora(inner)
-    # The forms for CPUs: liger-kernel's keep the same, and do not take tensors without storage.
-    use_fast_layers(inner, torch.device("cpu"))
+    if chosen_kernels(kernels, current_device(), shape.model_type) != "plain":
+        # The forms for CPUs: liger-kernel's keep the same, and do not take tensors without storage.
+        use_fast_layers(inner, torch.device("cpu"))
     inner.config.use_cache = False
     return model, stored
 
@@ -279,7 +282,7 @@ def _module(
             found.held[f"weights of the reward adapter {spec.name}"] = float(_files(str(judge.adapter)))
             found.models.append(f"reward {spec.name} (an adapter on the policy's base)")
             continue
-        _, size = _shell(judge, text, "reward", None, dtype, stored_as)
+        _, size = _shell(judge, text, "reward", None, dtype, stored_as, config.optim.kernels)
         size += _files(judge.adapter) if judge.adapter else 0
         found.held[f"weights of the reward model {spec.name}"] = size
         found.models.append(f"reward {spec.name} (a model of its own)")
@@ -296,7 +299,7 @@ def _module(
         found.held["weights of the value adapter"] = 4.0 * adapter
         found.models.append("the value function (an adapter on the policy's base)")
     else:
-        fresh, size = _shell(start, text, "causal", LoraConfig(), torch.float32, "none")
+        fresh, size = _shell(start, text, "causal", LoraConfig(), torch.float32, "none", config.optim.kernels)
         if checkpointing:
             fresh.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         value = backbone(fresh)

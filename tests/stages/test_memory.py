@@ -45,7 +45,7 @@ def loaded_for(config: Any, source: Any, text: Any) -> LoadedModel:
     return load_model(
         source, text, "reward" if config.stage == "rm" else "causal", lora=config.lora, dtype=dtype,
         quantize=config.model.quantize, fresh_head=True, device=CPU,
-        gradient_checkpointing=config.optim.gradient_checkpointing,
+        gradient_checkpointing=config.optim.gradient_checkpointing, kernels=config.optim.kernels,
     )  # fmt: skip
 
 
@@ -75,6 +75,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "all weights, bf16": BF16,
     "LoRA": {"lora__rank": 4},
     "LoRA, bf16": {"lora__rank": 4, **BF16},
+    "transformers' own kernels": {"optim__kernels": "plain"},
 }
 
 
