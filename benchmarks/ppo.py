@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from argparse import ArgumentParser
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,11 +61,7 @@ SAMPLES = 4  # of each prompt in the second half of --rollouts
 
 
 def main() -> None:
-    parser = options(__doc__, out="runs/bench-ppo", rows=64, eval_rows=0, batch_size=16, lr=1e-6)
-    parser.add_argument("--pairs", action="append", default=[], help="preference rows for the reward model; repeatable")
-    parser.add_argument("--reward-model", type=Path, help="LoRA reward model made by rlhfkit rm, instead of --pairs")
-    parser.add_argument("--prompt-tokens", type=int, default=64, help="longest prompt")
-    parser.add_argument("--answer-tokens", type=int, default=48, help="longest answer")
+    parser = ppo_options(__doc__, prompt_tokens=64, answer_tokens=48, out="runs/bench-ppo", rows=64, lr=1e-6)
     parser.add_argument("--lora-lr", type=float, default=1e-5, help="learning rate of the LoRA form")
     parser.add_argument("--rollouts", action="store_true", help="compare decoding alone")
     args = parser.parse_args()
@@ -93,6 +90,16 @@ def main() -> None:
         rate = result.rate(args.warm_up)
         print(f"{name}: {rate:.3f} episodes/s, {result.peak_memory_gib:.2f} GiB, KL {kl:.3f}", flush=True)
     report(results, args, BENCH, {"machine": machine(), "reached": reached})
+
+
+def ppo_options(description: str | None, *, prompt_tokens: int, answer_tokens: int, **defaults: Any) -> ArgumentParser:
+    """What every benchmark of PPO takes."""
+    parser = options(description, eval_rows=0, batch_size=16, **defaults)
+    parser.add_argument("--pairs", action="append", default=[], help="preference rows for the reward model; repeatable")
+    parser.add_argument("--reward-model", type=Path, help="LoRA reward model made by rlhfkit rm, instead of --pairs")
+    parser.add_argument("--prompt-tokens", type=int, default=prompt_tokens, help="longest prompt")
+    parser.add_argument("--answer-tokens", type=int, default=answer_tokens, help="longest answer")
+    return parser
 
 
 def prepare(args: Any) -> None:

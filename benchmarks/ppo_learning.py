@@ -21,8 +21,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from capitals import reward
-from common import Job, machine, options, refuse_if_absent, run_measured
-from ppo import PPO, TRL, metric, own_process, prepare, reward_model, train_rival
+from common import Job, machine, refuse_if_absent, run_measured
+from ppo import PPO, TRL, metric, own_process, ppo_options, prepare, reward_model, train_rival
 
 ASSISTANT = "<|im_start|>assistant\n"  # what stands in front of an answer in the model's template
 COLOURS = {"rlhfkit": "tab:blue", "trl": "tab:orange"}
@@ -30,11 +30,7 @@ Curve = dict[str, list[float]]  # reward, kl
 
 
 def main() -> None:
-    parser = options(__doc__, out="runs/bench-learning", rows=128, eval_rows=0, batch_size=16, lr=1e-5)
-    parser.add_argument("--pairs", action="append", default=[], help="preference rows for the reward model; repeatable")
-    parser.add_argument("--reward-model", type=Path, help="LoRA reward model made by rlhfkit rm, instead of --pairs")
-    parser.add_argument("--prompt-tokens", type=int, default=48)
-    parser.add_argument("--answer-tokens", type=int, default=16)
+    parser = ppo_options(__doc__, prompt_tokens=48, answer_tokens=16, out="runs/bench-learning", rows=128, lr=1e-5)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rewards", nargs="+", default=["rule", "model"], choices=["rule", "model"])
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")

@@ -12,11 +12,12 @@ import json
 import math
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import Job, machine, options, read_jsonl, refuse_if_absent
-from ppo import PPO, TRL, own_process, prepare, reward_model, train_rival
+from common import Job, machine, read_jsonl, refuse_if_absent
+from ppo import PPO, TRL, own_process, ppo_options, prepare, reward_model, train_rival
 from ppo_learning import as_module, model_scores
 
 RIVAL, OURS = "trl-fp32", "rlhfkit-fp32"
@@ -25,11 +26,7 @@ WEIGHTS = {"policy": "the policy", "value": "the value model"}
 
 
 def main() -> None:
-    parser = options(__doc__, out="runs/bench-parity", rows=16, eval_rows=0, batch_size=16, lr=2e-5)
-    parser.add_argument("--pairs", action="append", default=[], help="preference rows for the reward model; repeatable")
-    parser.add_argument("--reward-model", type=Path, help="LoRA reward model made by rlhfkit rm, instead of --pairs")
-    parser.add_argument("--prompt-tokens", type=int, default=48)
-    parser.add_argument("--answer-tokens", type=int, default=16)
+    parser = ppo_options(__doc__, prompt_tokens=48, answer_tokens=16, out="runs/bench-parity", rows=16, lr=2e-5)
     parser.add_argument("--epochs", type=int, default=1, help="passes over the rollout, each one optimiser step")
     args = parser.parse_args()
     if args.contestant:
@@ -46,7 +43,7 @@ def main() -> None:
     job = {
         "model": str(args.model), "reward": str(merged), "prompts": str(args.out / "prompt_ids.jsonl"),
         "texts": str(args.out / "prompts.jsonl"), "batch_size": args.batch_size, "micro_batch": args.batch_size,
-        "episodes": args.batch_size, "answer_tokens": args.answer_tokens, "prompt_tokens": args.prompt_tokens,
+        "episodes": args.batch_size, "answer_tokens": args.answer_tokens,
         "lr": args.lr, "seed": args.seed, "epochs": args.epochs,
     }  # fmt: skip
     theirs = own_process(args, args.rival_python, RIVAL, {**job, "out": str(args.out / RIVAL)}, script=__file__)[0]
@@ -63,7 +60,6 @@ def main() -> None:
 
 def rival(job: Job) -> dict[str, Any]:
     """TRL's rollout and update; its weights before and after stay in the job's folder."""
-    import torch
     from safetensors.torch import save_file
     from trl.experimental.ppo import PPOTrainer, ppo_trainer
 
@@ -107,22 +103,18 @@ def rival(job: Job) -> dict[str, Any]:
     start = queries.shape[1]
     values = seen["get_reward"][0][0][:, start - 1 : -1].squeeze(-1)
     logprobs, ref_logprobs = seen["selective_log_softmax"][:2]
-    returns = raw + values
+    of_tokens = (logprobs, ref_logprobs, values, advantages, raw + values)
     rows = []
-    for i in range(len(queries)):
-        n = int(inside[i].sum())
-        of_tokens = dict(
-            zip(
-                OF_TOKENS,
-                (x[i, :n].tolist() for x in (logprobs, ref_logprobs, values, advantages, returns)),
-                strict=True,
-            )
-        )
-        answer = both[i, start : start + n].tolist()
-        rows.append(
-            {"query": queries[i].tolist(), "answer": answer, "score": float(seen["get_reward"][1][1][i]), **of_tokens}
-        )
-    return {"rows": rows, "full": bool(torch.all(inside))}
+    for i, query in enumerate(queries.tolist()):
+        answer = both[i, start : start + int(inside[i].sum())].tolist()
+        rows.append(row_of(i, query, answer, seen["get_reward"][1][1], of_tokens))
+    return {"rows": rows}
+
+
+def row_of(i: int, query: list[int], answer: list[int], scores: Any, of_tokens: Sequence[Any]) -> dict[str, Any]:
+    """What was found of one answer: tensors [E] and, in the order of OF_TOKENS, [E, T]."""
+    found = {name: x[i, : len(answer)].tolist() for name, x in zip(OF_TOKENS, of_tokens, strict=True)}
+    return {"query": query, "answer": answer, "score": float(scores[i]), **found}
 
 
 def ours(job: Job) -> dict[str, Any]:
@@ -168,13 +160,11 @@ def ours(job: Job) -> dict[str, Any]:
     }  # fmt: skip
     ppo.run(load_config(PpoConfig, flags=flags))
     rollout, found = kept["rollout"], kept["targets"]
-    rows = []
+    of_tokens = (rollout.logprobs, rollout.ref_logprobs, rollout.values, found.advantages, found.returns)
+    order = {}
     for i, e in enumerate(rollout.episodes):
-        n = len(e.response)
-        tensors = (rollout.logprobs, rollout.ref_logprobs, rollout.values, found.advantages, found.returns)
-        of_tokens = dict(zip(OF_TOKENS, (x[i, :n].tolist() for x in tensors), strict=True))
-        rows.append({"query": e.prompt.prompt.tolist(), "answer": e.response, "score": float(e.score), **of_tokens})
-    order = {tuple(row["query"]): row for row in rows}
+        prompt = e.prompt.prompt.tolist()
+        order[tuple(prompt)] = row_of(i, prompt, e.response, rollout.scores, of_tokens)
     return {"rows": [order[prompt_of(row)] for row in given], "weights": compare_weights(Path(job["rival"]), out)}
 
 

@@ -25,6 +25,9 @@ MOST_BYTES = 2 * 2**30  # of copies: they must not be what a run dies of
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
+Laid = tuple[Any, nn.Linear, Adapter | None]  # what is called, its weights, what is added to its result
+
+
 @contextmanager
 def weights_laid_out(model: nn.Module, rows: int) -> Iterator[None]:
     """Inside, plain linear layers of a model on a CPU multiply by copies of their weights laid out for ``rows`` rows.
@@ -53,9 +56,6 @@ def weights_laid_out(model: nn.Module, rows: int) -> Iterator[None]:
                 del layer.forward
             else:
                 layer.forward = forward
-
-
-Laid = tuple[Any, nn.Linear, Adapter | None]  # what is called, its weights, what is added to its result
 
 
 def _groups(model: nn.Module, autocast: torch.dtype | None) -> list[list[Laid]]:

@@ -517,14 +517,13 @@ def load_frozen_adapter(model: Any, folder: str, name: str) -> None:
 def _refuse_to_merge_tied(model: Any, source: ModelSource) -> None:
     """peft merges into the one tensor that embedding and head share what was trained for one of them."""
     inner = base_model(model)
+    if not getattr(inner.config.get_text_config(decoder=True), "tie_word_embeddings", False):
+        return
     layers = [layer for layer in (inner.get_input_embeddings(), inner.get_output_embeddings()) if layer is not None]
-    tied = bool(getattr(inner.config.get_text_config(decoder=True), "tie_word_embeddings", False))
-    trained = [getattr(layer, "modules_to_save", None) for layer in layers]
-    own = {id(module["default"].weight) if module and "default" in module else None for module in trained}
-    if tied and (
-        any(getattr(layer, "lora_A", None) or getattr(layer, "lora_embedding_A", None) for layer in layers)
-        or len(own) > 1
-    ):
+    adapted = any(getattr(layer, "lora_A", None) or getattr(layer, "lora_embedding_A", None) for layer in layers)
+    copies = [getattr(layer, "modules_to_save", {}) for layer in layers]  # that trained in the place of the layers
+    weights = {id(copy["default"].weight) if "default" in copy else None for copy in copies}
+    if adapted or len(weights) > 1:
         raise ModelError(
             f"the adapter of {source.adapter} changes the embedding or the head, which are one tensor in "
             f"{source.base}: merged into it, either would change the other",

@@ -14,17 +14,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 
+# Values of peft's ``init_lora_weights``. Other ways to start an adapter change the base's own weights, which its folder
+# does not hold.
+STARTS_BESIDE_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")
+
 
 def use_fast_lora(model: Any) -> None:
     """Give the adapted linear layers of a peft model a faster way to the same numbers."""
     for module in model.modules():
         if _is_adapted_linear(module):
             module.forward = types.MethodType(_forward, module)
-
-
-# Values of peft's ``init_lora_weights``. Other ways to start an adapter change the base's own weights, which its folder
-# does not hold.
-STARTS_BESIDE_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")
 
 
 class Adapter(NamedTuple):

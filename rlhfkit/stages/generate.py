@@ -89,8 +89,9 @@ class Speaker:
     def room(self, conversation: Sequence[Message]) -> int:
         """How many tokens an answer may have: what was asked for, or what is left of the model's positions; below 1
         there is none left."""
-        used = len(self.text.encoder.encode_prompt(conversation))
-        return min(self.settings.max_new_tokens, self.positions - used if self.positions else sys.maxsize)
+        used = len(self.text.encoder.encode_prompt(conversation))  # or the template's refusal, whatever the positions
+        most = self.settings.max_new_tokens
+        return min(most, self.positions - used) if self.positions else most
 
     def answer(
         self,
