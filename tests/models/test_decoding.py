@@ -204,8 +204,10 @@ def test_matrices_of_adapters_are_not_laid_out_by_themselves(adapted: Any) -> No
 
 
 def test_an_adapter_that_is_switched_off_is_left_out(adapted: Any, products: list[int]) -> None:
+    with_adapter = logits(adapted)
     with adapted.disable_adapter():
         expected = logits(adapted)
+        assert (expected - with_adapter).abs().max() > 0.01
         with weights_laid_out(adapted, 16):
             torch.testing.assert_close(logits(adapted), expected, rtol=1e-4, atol=1e-5)
     assert products
