@@ -43,8 +43,9 @@ class RunningMoments:
         n = float(scores.numel())
         if n == 0:
             return
-        mean = float(scores.double().mean())
-        squares = float((scores.double() - mean).square().sum())
+        scores = scores.cpu().double()  # not every device has float64
+        mean = float(scores.mean())
+        squares = float((scores - mean).square().sum())
         total = self.count + n
         delta = mean - self.mean
         self.mean += delta * n / total

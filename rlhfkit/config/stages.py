@@ -210,13 +210,6 @@ class PpoConfig(StageConfig):
                 found.append(
                     ("ppo.minibatches", f"{ppo.rollout_size} episodes do not divide into {ppo.minibatches} minibatches")
                 )
-            elif changed(self.optim, "batch_size") and batch * ppo.minibatches != ppo.rollout_size:
-                found.append(
-                    (
-                        "ppo.minibatches",
-                        f"{ppo.minibatches} x batch_size {batch} is not rollout_size {ppo.rollout_size}; give two",
-                    )
-                )
         elif ppo.rollout_size % min(batch, ppo.rollout_size):
             found.append(("optim.batch_size", f"{batch} does not divide ppo.rollout_size {ppo.rollout_size}"))
         if ppo.advantage != "gae" and ppo.samples_per_prompt < 2:
@@ -247,6 +240,13 @@ class PpoConfig(StageConfig):
             found["ppo.value_cliprange"] = "has no effect while ppo.value_coef is 0"
         if ppo.ppo_epochs == 1:
             found["ppo.early_stop_kl"] = "has no effect with one pass over each rollout"
+        batch, size = self.optim.batch_size, ppo.rollout_size
+        if ppo.minibatches and batch * ppo.minibatches != size:
+            words = f"{batch} x ppo.minibatches {ppo.minibatches} is not ppo.rollout_size {size}; give two of the three"
+            found["optim.batch_size"] = words
+        elif not ppo.minibatches and batch > size:
+            words = f"{batch} episodes per optimiser step are more than ppo.rollout_size {size}; give {size} or less"
+            found["optim.batch_size"] = words
         if ppo.advantage != "gae":
             words = f"has no effect with advantage '{ppo.advantage}', which needs no value model"
             names = ("value_model", "value_coef", "value_cliprange", "gamma", "lam", "whiten_advantages")

@@ -83,14 +83,10 @@ def add_frozen_adapter(model: Any, folder: str, name: str) -> None:
     Raises:
         ModelError: the folder's weights are not those that its configuration describes.
     """
-    from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
+    from peft import load_peft_weights, set_peft_model_state_dict
 
-    settings = PeftConfig.from_pretrained(folder)
-    settings.modules_to_save = None
-    settings.task_type = model.peft_config[POLICY].task_type
-    settings.inference_mode = True
     trains = _trainable(model)
-    model.add_adapter(name, settings)
+    add_frozen_shape(model, folder, name)
     weights = {k: v for k, v in load_peft_weights(folder).items() if ".lora_" in k}
     set_peft_model_state_dict(model, weights, adapter_name=name)
     own = [key for key, _ in model.named_parameters() if f".{name}." in f"{key}." and ".lora_" in key]
@@ -99,6 +95,19 @@ def add_frozen_adapter(model: Any, folder: str, name: str) -> None:
             f"the adapter in {folder} holds {len(weights)} LoRA weights where its configuration asks for {len(own)}",
             hint="restore the folder, or train it again",
         )
+    _restore(model, trains)
+
+
+def add_frozen_shape(model: Any, folder: str, name: str) -> None:
+    """Put LoRA layers of an adapter folder's settings beside those that a peft model has, without its weights."""
+    from peft import PeftConfig
+
+    settings = PeftConfig.from_pretrained(folder)
+    settings.modules_to_save = None
+    settings.task_type = model.peft_config[POLICY].task_type
+    settings.inference_mode = True
+    trains = _trainable(model)
+    model.add_adapter(name, settings)
     _restore(model, trains)
 
 
@@ -115,11 +124,15 @@ def add_value_adapter(model: Any, start: str) -> None:
     settings.inference_mode = False
     model.add_adapter(VALUE, settings)
     parameters = dict(model.named_parameters())
+    # A value is read before the head: what would train there never gets a gradient, for which DDP waits.
+    vocabulary_head = base_model(model).get_output_embeddings()
+    idle = set(map(id, vocabulary_head.parameters())) if vocabulary_head is not None else set()
     with torch.no_grad():
         for name, parameter in parameters.items():
             if f".{VALUE}." in f"{name}." and ".lora_" in name:
                 parameter.copy_(parameters[f"{name}.".replace(f".{VALUE}.", f".{start}.").removesuffix(".")])
-                trains.add(name)
+                if id(parameter) not in idle:
+                    trains.add(name)
     _restore(model, trains)
 
 

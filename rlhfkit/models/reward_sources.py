@@ -260,6 +260,7 @@ def open_rewards(
     trust_remote_code: bool,
     timeout: float,
     retries: int,
+    packing: bool = True,
     policy: LoadedModel | None = None,
 ) -> WeightedReward:
     """Reward sources from their specs, each optionally ``=weight``.
@@ -285,6 +286,7 @@ def open_rewards(
                     dtype=dtype,
                     micro_batch_tokens=micro_batch_tokens,
                     trust_remote_code=trust_remote_code,
+                    packing=packing,
                     policy=policy,
                 )
             )

@@ -90,7 +90,7 @@ def sample_answers(
         for step in range(settings.max_new_tokens):
             drawn = draw(
                 logits[:, : settings.vocabulary].float(),
-                torch.as_tensor(uniforms[rows, step], device=device),
+                torch.from_numpy(uniforms[rows, step]),
                 settings,
             )
             stopped = torch.isin(drawn, stops).tolist()
@@ -246,7 +246,7 @@ def draw(logits: Tensor, uniforms: Tensor, settings: SamplingSettings) -> Tensor
 
     Args:
         logits: [B, V] float32.
-        uniforms: [B] in [0, 1).
+        uniforms: [B] in [0, 1); on any device.
         settings: temperature and top_p.
 
     Returns:
@@ -254,6 +254,9 @@ def draw(logits: Tensor, uniforms: Tensor, settings: SamplingSettings) -> Tensor
     """
     if settings.temperature == 0:
         return logits.argmax(dim=-1)
+    if logits.device.type == "mps":  # it has no float64
+        return draw(logits.cpu(), uniforms, settings).to(logits.device)
+    uniforms = uniforms.to(logits.device, torch.float64)
     if settings.top_p < 1:
         weights = _nucleus(torch.softmax(logits / settings.temperature, dim=-1), settings.top_p)
     else:
@@ -261,7 +264,7 @@ def draw(logits: Tensor, uniforms: Tensor, settings: SamplingSettings) -> Tensor
     # In float64: a float32 sum over 150,000 entries is off by more than the rarest tokens' probability. First the block
     # is found in which the number falls, then the token in it: one sum over everything, not a running one.
     blocks = pad(weights, (0, -weights.shape[1] % BLOCK)).view(len(weights), -1, BLOCK)
-    block, rest = _invert(blocks.sum(dim=-1, dtype=torch.float64), uniforms.double(), scaled=True)
+    block, rest = _invert(blocks.sum(dim=-1, dtype=torch.float64), uniforms, scaled=True)
     inside = blocks[torch.arange(len(blocks), device=block.device), block].double()
     tokens = block * BLOCK + _invert(inside, rest, scaled=False)[0]
     # Of logits that are no numbers some token comes out: who looks at the answer's probabilities says what is wrong.

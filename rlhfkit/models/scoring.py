@@ -48,6 +48,7 @@ class RewardScorer:
         quantize: storage of its base; ``auto`` is as it was trained: an adapter fits the base it was trained on.
         max_length: longest row in tokens; 0 is what it was trained with.
         micro_batch_tokens: most tokens in one pass.
+        packing: as in `load_model`; on a policy's base it is the policy's.
         policy: a LoRA policy, whose base the reward model uses if it is an adapter on the same one, stored alike.
 
     Raises:
@@ -64,6 +65,7 @@ class RewardScorer:
         max_length: int = 0,
         micro_batch_tokens: int = 4096,
         trust_remote_code: bool = False,
+        packing: bool = True,
         policy: LoadedModel | None = None,
     ) -> None:
         source = open_model(path)
@@ -85,7 +87,7 @@ class RewardScorer:
         else:
             self.loaded = load_model(
                 source, self.text, "reward", lora=None, dtype=dtype, quantize=self.quantize, device=device,
-                trust_remote_code=trust_remote_code,
+                trust_remote_code=trust_remote_code, packing=packing,
             )  # fmt: skip
             self.module = RewardModel(self.loaded.model).eval()
             if self.quantize == "none":

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
@@ -125,6 +127,30 @@ def readable(folder: Path) -> Iterator[None]:
             f"{folder} cannot be read: {type(error).__name__}: {error}",
             hint="delete this folder to go on from the checkpoint before it",
         ) from error
+
+
+class RandomStates(NamedTuple):
+    """Of the generators that a checkpoint holds."""
+
+    python: Any
+    numpy: Any
+    torch: Tensor
+    cuda: list[Tensor]
+
+
+def random_states() -> RandomStates:
+    """As they are now."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return RandomStates(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)
+
+
+def restore_random_states(states: RandomStates) -> None:
+    """Put them back."""
+    random.setstate(states.python)
+    np.random.set_state(states.numpy)
+    torch.set_rng_state(states.torch)
+    if states.cuda:
+        torch.cuda.set_rng_state_all(states.cuda)
 
 
 def save_only_what_trains(accelerator: Accelerator) -> None:

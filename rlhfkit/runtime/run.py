@@ -41,7 +41,15 @@ from rlhfkit.models.precision import DTYPES, Resolved, current_device, resolve_p
 from rlhfkit.report.card import model_card
 from rlhfkit.report.runs import DATA_FAULTS, read_runs
 from rlhfkit.runtime.allocator import keep_freed_memory
-from rlhfkit.runtime.checkpoint import checkpoint_folders, load_checkpoint, save_checkpoint, save_only_what_trains
+from rlhfkit.runtime.checkpoint import (
+    RandomStates,
+    checkpoint_folders,
+    load_checkpoint,
+    random_states,
+    restore_random_states,
+    save_checkpoint,
+    save_only_what_trains,
+)
 from rlhfkit.runtime.optim import MOST_SKIPPED, SkippedError, choose_optimizer
 from rlhfkit.runtime.records import append_json, json_lines, replace_text
 from rlhfkit.runtime.screen import Screen, quiet_libraries
@@ -74,6 +82,7 @@ class Run:
     interrupted: bool = False
     fingerprint: str = ""
     chosen: dict[str, Any] = field(default_factory=dict)  # dotted path -> what this run takes for auto
+    evaluation_due: bool = False  # that of the last finished step failed
     _data_faults: list[str] = field(default_factory=list)
     # Where models and optimisers belong to another library, these write them into a checkpoint and read them back.
     write_state: Callable[[Path], None] | None = None
@@ -81,6 +90,7 @@ class Run:
     _last: dict[str, Any] = field(default_factory=dict)
     _step_started: float = 0.0
     _state: Callable[[], dict[str, Any]] | None = None  # what the last whole step left, for a checkpoint
+    _random: RandomStates | None = None  # as they were before a reward was asked
 
     # -- facts -------------------------------------------------------------------------------------------------------
 
@@ -179,10 +189,12 @@ class Run:
                 "results agree to rounding, not bit for bit"
             )
         self.step = self.resumed_from = int(state["step"])
+        self.evaluation_due = bool(state.get("evaluation_due"))
         self.tokens_total, self.seconds_total = int(state["tokens_total"]), float(state["seconds_total"])
         self._last = dict(state["last_metrics"])
         load_state(state["stage"])
-        self._truncate_records(self.step)
+        # The record of a step whose evaluation failed is written again, with the evaluation in it.
+        self._truncate_records(self.step - self.evaluation_due)
         self.screen.line(f"resumed from {folders[-1]}")
 
     def _truncate_records(self, step: int) -> None:
@@ -204,6 +216,34 @@ class Run:
 
     # -- stepping ----------------------------------------------------------------------------------------------------
 
+    def evaluate_first(self, evaluate: Callable[[], dict[str, Any]], total: int, shown: Sequence[str]) -> None:
+        """Evaluate before the first step; after a resume, make up for an evaluation that failed.
+
+        Args:
+            evaluate: gives the metrics, none if nothing is held out.
+            total: number of the last step.
+            shown: the first of these metrics that there is goes on the screen.
+
+        Raises:
+            RewardError: what ``evaluate`` raised, with the step in its words.
+        """
+        if self.step and not self.evaluation_due:
+            return
+        try:
+            found = evaluate()
+        except RewardError as error:
+            words = f"before step 1 of {total}: {error.message}"
+            if self.step:
+                words = f"the evaluation of step {self.step} of {total}: {error.message}"
+            raise RewardError(words, hint=error.hint) from error
+        self.evaluation_due = False
+        if not found:
+            return
+        self.record({**self._last, **found} if self.step else {"event": "start", "step": 0, **found})
+        name = next(name for name in shown if name in found)
+        value = f"{found[name]:.4f}"
+        self.screen.line(f"step {self.step}: {name} {value}" if self.step else f"before training: {name} {value}")
+
     @contextmanager
     def steps(self, what: str, total: int) -> Iterator[Iterator[int]]:
         """The numbers of the steps still to do, with progress on the screen and Ctrl-C held until a step is whole.
@@ -219,6 +259,7 @@ class Run:
             nonlocal running
             while self.step < total:
                 self._step_started = time.perf_counter()
+                self._random = random_states()
                 running = self.step + 1
                 yield running
 
@@ -237,7 +278,7 @@ class Run:
             # The reward can be mended, and the run goes on: nothing of it has changed since its last whole step.
             # (One process alone cannot save what belongs to several.)
             if self._state is not None and running > self.step and self.world == 1:
-                self.save(self._state())
+                self._save_before_the_reward(self._state())
             hint = f"{self._last_checkpoint()}; {self._resume_command()}"
             raise RewardError(
                 f"step {running} of {total}: {error.message}", hint=f"{error.hint}; {hint}" if error.hint else hint
@@ -291,12 +332,15 @@ class Run:
         }
         self._refuse_non_finite(record)
         if evaluate is not None and (step == total or (run.eval_every and step % run.eval_every == 0)):
+            self._random = random_states()
             try:
                 record |= evaluate()
             except RewardError:  # the step itself is whole
                 self.record(record)
+                # (A library that holds the model reads it back only when it trains.)
+                self.evaluation_due = self.write_state is None
                 if self.world == 1:
-                    self.save(state())
+                    self._save_before_the_reward(state())
                 raise
         self.record(record)
         self.screen.step(step, total, record, shown, speak=step % run.log_every == 0 or step == total)
@@ -305,6 +349,12 @@ class Run:
             self.save(state())
         if stop:
             raise Interrupted(f"stopped after step {step} of {total}; everything is saved", hint=self._resume_command())
+
+    def _save_before_the_reward(self, stage_state: dict[str, Any]) -> None:
+        """Save with the random states from before a reward was asked, which may have drawn before it failed."""
+        if self._random is not None:
+            restore_random_states(self._random)
+        self.save(stage_state)
 
     def save(self, stage_state: dict[str, Any]) -> Path:
         """Write a checkpoint of the last finished step."""
@@ -315,6 +365,7 @@ class Run:
             "tokens_total": self.tokens_total,
             "seconds_total": self.seconds_total,
             "last_metrics": self._last,
+            "evaluation_due": self.evaluation_due,
             "stage": stage_state,
         }
         return save_checkpoint(self.accelerator, self.out, self.step, state, self.config.run.keep, self.write_state)

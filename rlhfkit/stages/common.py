@@ -303,6 +303,7 @@ def load_rewards(
         trust_remote_code=config.model.trust_remote_code,
         timeout=block.reward_timeout,
         retries=block.reward_retries,
+        packing=config.optim.packing,
         policy=policy,
     )
 

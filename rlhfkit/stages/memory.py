@@ -21,14 +21,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from rlhfkit.algo.logprobs import CHUNK_TOKENS
-from rlhfkit.config.blocks import Kernels, LoraConfig
+from rlhfkit.config.blocks import LoraConfig, OptimConfig
 from rlhfkit.config.rewards import parse_reward
 from rlhfkit.config.stages import PpoConfig, StageConfig
 from rlhfkit.data.batch import BatchOrder, collate, micro_batches
 from rlhfkit.data.packing import Tree, group_by_tokens
 from rlhfkit.data.tokenize import PairRow, PromptRow
 from rlhfkit.errors import ModelError
-from rlhfkit.models.adapters import POLICY, add_value_adapter, fits_on
+from rlhfkit.models.adapters import POLICY, REWARD, add_frozen_shape, add_value_adapter, fits_on
 from rlhfkit.models.attention import use_packed_attention
 from rlhfkit.models.decoding import FEWEST_ROWS, MOST_BYTES, MOST_ROWS
 from rlhfkit.models.folder import ModelSource, open_model
@@ -105,7 +105,12 @@ class Estimate:
 
 
 def estimate(
-    config: StageConfig, source: ModelSource, text: TextSide, rows: Sequence[Any], device: torch.device
+    config: StageConfig,
+    source: ModelSource,
+    text: TextSide,
+    rows: Sequence[Any],
+    device: torch.device,
+    held_out: Sequence[Any] = (),
 ) -> Estimate:
     """Estimate of a run's peak.
 
@@ -115,6 +120,7 @@ def estimate(
         text: its text side.
         rows: the tokenised training rows.
         device: where the run would be.
+        held_out: the tokenised rows of its evaluations.
 
     Raises:
         ModelError: an architecture that transformers does not know itself.
@@ -127,9 +133,9 @@ def estimate(
         found.held["Python and libraries"] = psutil.Process().memory_info().rss + LIBRARIES
     task: Task = "reward" if config.stage == "rm" else "causal"
     with torch.device("meta"):
-        kernels = config.optim.kernels
-        model, stored = _shell(source, text, task, config.lora, dtype, config.model.quantize, kernels, text.vocabulary)
-        loaded = LoadedModel(model, text, source, quantize=config.model.quantize)
+        quantize, optim = config.model.quantize, config.optim
+        model, stored = _shell(source, text, task, config.lora, dtype, quantize, optim, text.vocabulary)
+        loaded = LoadedModel(model, text, source, quantize=quantize)
         module = _module(config, loaded, found, dtype, stored)
     trainable, _ = parameter_counts(module)
     # Of the device meta, tensors know neither autocast nor attention kernels; these know both, and are as empty.
@@ -167,8 +173,10 @@ def estimate(
             head += dtype.itemsize * vocabulary * hidden
         found.update["logits of one chunk"] = float(8 * chunk * vocabulary) + head
     if isinstance(config, PpoConfig):
-        _rollout(found, config, shape, rows, dtype, widest)
-        copies = float(dtype.itemsize * sum(m.weight.numel() for m in model.modules() if type(m) is nn.Linear))
+        _rollout(found, config, shape, rows, held_out, dtype, widest)
+        linear = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
+        used = [m for name, m in linear.items() if ".lora_" not in name or name.endswith(f".{POLICY}")]
+        copies = float(dtype.itemsize * sum(m.weight.numel() for m in used))
         if on_cpu and FEWEST_ROWS <= found.answers <= MOST_ROWS and copies <= MOST_BYTES:
             found.rollout["weights laid out for sampling"] = copies
     if on_cpu:
@@ -184,7 +192,7 @@ def _shell(
     lora: LoraConfig | None,
     dtype: torch.dtype,
     quantize: str,
-    kernels: Kernels,
+    optim: OptimConfig,
     tokens: int = 0,
 ) -> tuple[Any, float]:
     """What `load_model` would give, of tensors without storage, and the bytes of its weights.
@@ -229,9 +237,10 @@ def _shell(
             model = add_lora(model, task, lora, text, train_embeddings=False, base=source.base)
         stored += sum(4.0 * p.numel() for p in model.parameters() if id(p) not in before)
     inner = base_model(model)
-    use_packed_attention(inner)
+    if optim.packing:
+        use_packed_attention(inner)
     use_fast_lora(inner)
-    if chosen_kernels(kernels, current_device(), shape.model_type) != "plain":
+    if chosen_kernels(optim.kernels, current_device(), shape.model_type) != "plain":
         # The forms for CPUs: liger-kernel's keep the same, and do not take tensors without storage.
         use_fast_layers(inner, torch.device("cpu"))
     inner.config.use_cache = False
@@ -271,7 +280,8 @@ def _module(
         found.models.append("the reference (the adapter it starts from, on the same base)")
     else:
         found.models.append("the reference (the base without the adapter)")
-    start = source
+    on_base: list[str] = []  # the reward models' adapters beside the policy
+    alike: list[ModelSource] = []  # reward models that a value model could start as
     for spec in map(parse_reward, ppo.reward):
         if spec.kind != "model":
             found.models.append(f"reward {spec.label}: no model here")
@@ -281,25 +291,31 @@ def _module(
         if fits_on(loaded, judge) and stored_as == loaded.quantize:
             found.held[f"weights of the reward adapter {spec.name}"] = float(_files(str(judge.adapter)))
             found.models.append(f"reward {spec.name} (an adapter on the policy's base)")
+            on_base.append(str(judge.adapter))
+            alike.append(judge)
             continue
-        _, size = _shell(judge, text, "reward", None, dtype, stored_as, config.optim.kernels)
+        _, size = _shell(judge, text, "reward", None, dtype, stored_as, config.optim)
         size += _files(judge.adapter) if judge.adapter else 0
         found.held[f"weights of the reward model {spec.name}"] = size
         found.models.append(f"reward {spec.name} (a model of its own)")
         if all(judge.config.get(name) == source.config.get(name) for name in ("vocab_size", "hidden_size")):
-            start = judge
+            alike.append(judge)
     if ppo.advantage != "gae":
         return PolicyModel(loaded.model, None, entropy_gradient=ppo.entropy_coef > 0)
     value: str | nn.Module = ppo.value_model
     if ppo.value_model == "shared":
         found.models.append("the value function (a head on the policy)")
     elif ppo.value_model == "adapter":
-        add_value_adapter(loaded.model, POLICY)
+        for folder in on_base[:1]:
+            add_frozen_shape(loaded.model, folder, REWARD)
+        add_value_adapter(loaded.model, REWARD if on_base else POLICY)
         adapter = sum(p.numel() for n, p in loaded.model.named_parameters() if ".value." in n)
         found.held["weights of the value adapter"] = 4.0 * adapter
         found.models.append("the value function (an adapter on the policy's base)")
     else:
-        fresh, size = _shell(start, text, "causal", LoraConfig(), torch.float32, "none", config.optim.kernels)
+        fresh, size = _shell(
+            alike[0] if alike else source, text, "causal", LoraConfig(), torch.float32, "none", config.optim
+        )
         if checkpointing:
             fresh.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         value = backbone(fresh)
@@ -383,11 +399,17 @@ def _kept(mode: FakeTensorMode, module: nn.Module, batch: Any, dtype: torch.dtyp
 
 
 def _rollout(
-    found: Estimate, config: PpoConfig, shape: Any, rows: Sequence[PromptRow], dtype: torch.dtype, widest: int
+    found: Estimate,
+    config: PpoConfig,
+    shape: Any,
+    rows: Sequence[PromptRow],
+    held_out: Sequence[PromptRow],
+    dtype: torch.dtype,
+    widest: int,
 ) -> None:
     ppo = config.ppo
-    found.answers = min(ROLLOUT_BATCH, rollout_sizes(config, len(rows))[0])
-    prompt = max(len(row.prompt) for row in rows)
+    found.answers = min(ROLLOUT_BATCH, max(rollout_sizes(config, len(rows))[0], len(held_out) * ppo.eval_samples))
+    prompt = max(len(row.prompt) for row in (*rows, *held_out))
     head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     keys = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
     per_token = 2 * shape.num_hidden_layers * keys * head * dtype.itemsize

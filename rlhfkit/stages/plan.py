@@ -35,9 +35,10 @@ def run(config: StageConfig) -> Estimate:
     screen = Screen()
     source, text = open_text_side(config)
     rows = read_rows(config, config.data.train, text, screen, "training").rows
+    held_out = read_rows(config, config.data.eval, text, screen, "held out").rows
 
     device = current_device()
-    found = estimate(config, source, text, rows, device)
+    found = estimate(config, source, text, rows, device, held_out)
     console = Console()
     console.print(tr(_what_runs(config, len(rows))))
     console.print(tr(f"models held: {', '.join(found.models)}"), markup=False, highlight=False)

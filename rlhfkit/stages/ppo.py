@@ -27,7 +27,7 @@ from rlhfkit.chat.messages import last_user_text
 from rlhfkit.config.stages import PpoConfig
 from rlhfkit.data.batch import TokenBatch, share
 from rlhfkit.data.tokenize import PromptRow
-from rlhfkit.errors import CheckpointError, ConfigError, NonFiniteError, RewardError
+from rlhfkit.errors import CheckpointError, ConfigError, NonFiniteError
 from rlhfkit.models.adapters import VALUE
 from rlhfkit.models.reward_sources import WeightedReward, check_rewards
 from rlhfkit.models.sampling import SamplingSettings
@@ -164,13 +164,7 @@ def run(config: PpoConfig) -> StageResult:
         run.samples([_sample(e) for e in rollout.episodes[:: ppo.eval_samples][:SAMPLES]])
         return {f"eval_{name}": value for name, value in _describe(rollout).items()}
 
-    if run.step == 0 and held_out:
-        try:
-            before = evaluate()
-        except RewardError as error:
-            raise RewardError(f"before step 1 of {total}: {error.message}", hint=error.hint) from error
-        run.record({"event": "start", "step": 0, **before})
-        run.screen.line(f"before training: eval_reward_mean {before['eval_reward_mean']:.4f}")
+    run.evaluate_first(evaluate, total, shown=SHOWN)
 
     # 4. The loop.
     with run.steps("ppo", total) as steps:

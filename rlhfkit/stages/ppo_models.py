@@ -98,6 +98,7 @@ def _value_model(
         lora=type(config.lora)(),
         dtype=torch.float32,
         gradient_checkpointing=config.optim.gradient_checkpointing,
+        packing=config.optim.packing,
         kernels=config.optim.kernels,
         trust_remote_code=config.model.trust_remote_code,
     )

@@ -107,10 +107,7 @@ def run(config: RmConfig) -> StageResult:
         latest[:] = [scores_of(held_out, len(held_out))]
         return held_out_metrics(latest[0], len(held_out), config, run)
 
-    if run.step == 0 and held_out:
-        before = evaluate()
-        run.record({"event": "start", "step": 0, **before})
-        run.screen.line(f"before training: eval_accuracy {before['eval_accuracy']:.3f}")
+    run.evaluate_first(evaluate, total, shown=SHOWN)
 
     # 3. The loop.
     update.module.train()

@@ -93,10 +93,7 @@ def run(config: SftConfig) -> StageResult:
         update.module.train()
         return {"eval_loss": loss / sum(row.targets for row in held_out)}
 
-    if run.step == 0 and held_out:
-        before = evaluate()
-        run.record({"event": "start", "step": 0, **before})
-        run.screen.line(f"before training: eval_loss {before['eval_loss']:.4f}")
+    run.evaluate_first(evaluate, total, shown=SHOWN)
 
     # 3. The loop.
     update.module.train()

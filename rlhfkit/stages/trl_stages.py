@@ -93,11 +93,7 @@ def run(config: StageConfig) -> StageResult:
             }
             run.finish_step(step, total, metrics, shown=stage.SHOWN, state=dict, evaluate=evaluate)
 
-        if run.step == 0 and held_out:
-            before = evaluate()
-            run.record({"event": "start", "step": 0, **before})
-            shown = next(name for name in (*stage.SHOWN, "eval_loss") if name in before)
-            run.screen.line(f"before training: {shown} {before[shown]:.4f}")
+        run.evaluate_first(evaluate, total, shown=(*stage.SHOWN, "eval_loss"))
 
         # 3. The loop.
         with run.steps(config.stage, total) as steps:

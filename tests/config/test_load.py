@@ -223,7 +223,22 @@ def test_defaults_of_ppo_are_its_own() -> None:
         (
             "ppo",
             {"ppo.minibatches": 4, "optim.batch_size": 8},
-            "ppo.minibatches: 4 x batch_size 8 is not rollout_size 64; give two",
+            "optim.batch_size: 8 x ppo.minibatches 4 is not ppo.rollout_size 64; give two of the three",
+        ),
+        (
+            "ppo",
+            {"ppo.minibatches": 2, "optim.batch_size": 16},  # its default, asked for
+            "optim.batch_size: 16 x ppo.minibatches 2 is not ppo.rollout_size 64; give two of the three",
+        ),
+        (
+            "ppo",
+            {"optim.batch_size": 128},
+            "optim.batch_size: 128 episodes per optimiser step are more than ppo.rollout_size 64; give 64 or less",
+        ),
+        (
+            "ppo",
+            {"ppo.rollout_size": 8, "optim.batch_size": 16},
+            "optim.batch_size: 16 episodes per optimiser step are more than ppo.rollout_size 8; give 8 or less",
         ),
         ("ppo", {"optim.batch_size": 24}, "optim.batch_size: 24 does not divide ppo.rollout_size 64"),
         ("ppo", {"ppo.advantage": "rloo"}, "ppo.samples_per_prompt: 'rloo' compares samples: give at least 2"),
@@ -260,7 +275,7 @@ def test_an_adapter_alone_is_a_model() -> None:
     ("flags", "size"),
     [
         ({}, 16),
-        ({"optim.batch_size": 128}, 64),  # no more than a rollout has
+        ({"ppo.rollout_size": 8}, 8),  # the default is no more than a rollout has
         ({"ppo.minibatches": 2}, 32),
         ({"ppo.minibatches": 8, "optim.batch_size": 8}, 8),
     ],

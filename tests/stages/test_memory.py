@@ -46,6 +46,7 @@ def loaded_for(config: Any, source: Any, text: Any) -> LoadedModel:
         source, text, "reward" if config.stage == "rm" else "causal", lora=config.lora, dtype=dtype,
         quantize=config.model.quantize, fresh_head=True, device=CPU,
         gradient_checkpointing=config.optim.gradient_checkpointing, kernels=config.optim.kernels,
+        packing=config.optim.packing,
     )  # fmt: skip
 
 
@@ -76,6 +77,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "LoRA": {"lora__rank": 4},
     "LoRA, bf16": {"lora__rank": 4, **BF16},
     "transformers' own kernels": {"optim__kernels": "plain"},
+    "padded rows": {"optim__packing": False},
 }
 
 
@@ -99,7 +101,9 @@ def test_weights_and_what_is_kept_are_those_of_the_loaded_model(
     trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
     assert found.held[f"{memory.OPTIMISER} (adamw)"] == 8 * trained
     kept = next(size for name, size in found.update.items() if name.startswith("kept for"))
-    assert kept == pytest.approx(memory.SPARE * kept_by(wrapped, config, rows), rel=0.02)
+    # These prompts are all as long as each other: transformers sees it, and leaves out a mask that is counted here.
+    tolerance = 0.02 if config.optim.packing or stage != "ppo" else 0.15
+    assert kept == pytest.approx(memory.SPARE * kept_by(wrapped, config, rows), rel=tolerance)
     if stage == "ppo":
         copies = [size for name, size in found.held.items() if "reference" in name]
         run: Any = SimpleNamespace(dtype=DTYPES[config.model.precision], device=torch.device("cpu"))
@@ -253,6 +257,39 @@ def test_models_of_ppo_are_named_and_a_shared_backbone_is_counted_once(
         PpoConfig, flags=settings("few", **more, ppo__max_new_tokens=8, ppo__value_model=value, ppo__rollout_size=4)
     )
     assert "weights laid out for sampling" not in planned(few)[0].rollout
+
+
+@pytest.mark.parametrize("rank", [4, 8])
+def test_a_value_adapter_is_as_large_as_the_reward_model_it_starts_as(
+    rank: int, settings: Callable[..., Any], model: Path, pairs_file: Path, prompts_file: Path
+) -> None:
+    more = {"model__path": str(model), "lora__rank": rank}
+    judge = reward.run(load_config(RmConfig, flags=settings("rm", data__train=[str(pairs_file)], **more))).final
+    more |= {"data__train": [str(prompts_file)], "ppo__reward": [str(judge)], "ppo__value_model": "adapter"}
+    config = load_config(PpoConfig, flags=settings("run", **(more | {"lora__rank": 4}), ppo__max_new_tokens=8))
+    found, *_ = planned(config)
+    assert found.held["weights of the value adapter"] == rank * ADAPTER  # 4 bytes for each of rank/4 times as many
+    assert found.held["states of the optimiser (adamw)"] == 8 * (ADAPTER + rank // 4 * ADAPTER + HEAD)
+
+
+def test_answers_of_an_evaluation_count_as_those_of_a_rollout(
+    settings: Callable[..., Any], model: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "r.py").write_text("def f(prompts, responses):\n    return [0.0] * len(responses)\n")
+    held_out = write_jsonl(tmp_path / "held.jsonl", [{"prompt": f"{'one two ' * 30}{i}"} for i in range(6)])
+    more = {"model__path": str(model), "data__train": [str(prompts_file)], "ppo__reward": [f"{tmp_path}/r.py:f"]}
+    more |= {"ppo__max_new_tokens": 8, "ppo__rollout_size": 4, "data__eval": [str(held_out)], "ppo__eval_samples": 3}
+    config = load_config(PpoConfig, flags=settings("run", **more))
+    text = open_text_side(config)[1]
+    rows, held = (
+        tokenize_prompts(load_records([path], "ppo", on_bad_row="error")[0][0], text.encoder, config.row_limit)[0]
+        for path in (str(prompts_file), str(held_out))
+    )
+    found = plan.run(config)
+    assert found.answers == 18
+    longest = max(len(row.prompt) for row in held)
+    assert longest > max(len(row.prompt) for row in rows)
+    assert found.rollout["keys and values of 18 answers"] == 18 * (longest + 8) * CACHE * 4
 
 
 def test_the_plan_says_what_fits(settings: Callable[..., Any], sft_file: Path, capfd: Any) -> None:

@@ -39,13 +39,12 @@ def rm_folder(settings: Callable[..., Any], pairs_file: Path) -> Path:
     return reward.run(load_config(RmConfig, flags=flags)).final
 
 
-def lora_policy(folder: Path, *, seed: int = 0) -> LoadedModel:
+def lora_policy(folder: Path, *, seed: int = 0, targets: str = "auto") -> LoadedModel:
     """The same weights at each call: LoRA's own start is drawn at random, too."""
     torch.manual_seed(seed)
     source = open_model(str(folder))
-    loaded = load_model(
-        source, load_text_side(source), "causal", lora=LoraConfig(rank=4), dtype=torch.float32, device=CPU
-    )
+    lora = LoraConfig(rank=4, targets=targets)
+    loaded = load_model(source, load_text_side(source), "causal", lora=lora, dtype=torch.float32, device=CPU)
     with torch.no_grad():
         for p in loaded.model.parameters():
             if p.requires_grad:
@@ -141,6 +140,18 @@ def test_the_value_adapter_is_a_trunk_of_its_own(tiny_model: Path, checkpointing
         assert theirs
         for name, grad in theirs.items():
             torch.testing.assert_close(mine[name.replace(".default.", f".{adapter}.")], grad, rtol=1e-4, atol=1e-5)
+
+
+def test_all_that_trains_gets_a_gradient(tiny_model: Path) -> None:
+    """Processes wait for each other's gradients. A value does not pass the head: its adapter is the policy's alone."""
+    policy = lora_policy(tiny_model, targets="q_proj,lm_head")
+    add_value_adapter(policy.model, POLICY)
+    both = PolicyModel(policy.model, "adapter").train()
+    out = both(some_batch())
+    (out.logprobs.sum() + out.values.sum()).backward()
+    assert trainable(both) == {name for name, p in both.named_parameters() if p.grad is not None}
+    assert [name for name in trainable(both) if "lm_head" in name and POLICY in name]
+    assert [name for name in trainable(both) if "q_proj" in name and VALUE in name]
 
 
 # -- the stage ---------------------------------------------------------------------------------------------------------

@@ -20,14 +20,16 @@ from transformers import AutoTokenizer
 from rlhfkit.config.load import load_config
 from rlhfkit.config.stages import PpoConfig, RmConfig
 from rlhfkit.errors import ConfigError, Interrupted, NonFiniteError, RewardError
-from rlhfkit.models.reward_sources import FunctionReward
+from rlhfkit.models.attention import takes_packed
+from rlhfkit.models.load import LoadedModel
+from rlhfkit.models.reward_sources import FunctionReward, WeightedReward
 from rlhfkit.models.sampling import Answer
 from rlhfkit.models.scoring import RewardScorer
 from rlhfkit.models.wrappers import PolicyModel
 from rlhfkit.runtime import checkpoint
 from rlhfkit.runtime.optim import Optimisation
 from rlhfkit.runtime.run import Run
-from rlhfkit.stages import episodes, plan, ppo, reward
+from rlhfkit.stages import episodes, plan, ppo, ppo_models, reward
 
 REWARD = """
 import random
@@ -256,6 +258,22 @@ def test_episodes_that_do_not_divide_into_samples_are_refused(flags):
         train(flags("run", ppo__episodes=5, ppo__samples_per_prompt=2))
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_packing_is_on_or_off_in_all_models(flags, settings, pairs_file, monkeypatch, packing):
+    judge = reward.run(load_config(RmConfig, flags=settings("rm", data__train=[str(pairs_file)]))).final
+    seen = []
+
+    def look(loaded: LoadedModel, policy: PolicyModel, rewards: WeightedReward) -> str:
+        models = [loaded.model, policy.value_trunk, *(s.loaded.model for _, s in ppo_models.reward_models(rewards))]
+        seen.extend(takes_packed(model) for model in models)
+        return ""
+
+    monkeypatch.setattr(ppo, "held", look)
+    changes = {"ppo__value_model": "separate", "ppo__reward": [str(judge)], "optim__packing": packing}
+    train(flags("run", **changes, optim__max_steps=1))
+    assert seen == [packing] * 3
+
+
 def test_a_value_model_of_its_own_is_saved_whole(flags):
     """Every weight of it, as the last checkpoint holds it, and nothing of the policy."""
     result = train(flags("run", ppo__value_model="separate"))
@@ -352,20 +370,26 @@ def test_the_file_of_a_reward_runs_once_and_nothing_else_of_it_does(flags, tmp_p
     assert log.read_text() == "file "
 
 
+EVALUATED = ("event", "step", "loss", "eval_reward_mean", "eval_kl")
 GOOD = "def f(prompts, responses, n):\n    return [float(len(r)) / 10 for r in responses]\n"
 
 
-def goes_on_once_mended(flags, path: Path, call: int, words: str, **settings: Any) -> list[list[dict[str, Any]]]:
+DRAWS = GOOD.replace("    return [", "    import random\n    noise = random.random()\n    return [noise + ")
+
+
+def goes_on_once_mended(
+    flags, path: Path, call: int, words: str, good: str = GOOD, **settings: Any
+) -> list[list[dict[str, Any]]]:
     """A run whose reward fails at one call, and goes on with it mended: its policy is that of the run that never met
     the fault. Returns the metrics of both.
     """
     settings["ppo__reward"] = [f"{path}:f"]
     path.write_text(
-        "calls = []\n" + GOOD.replace("    ret", f"    calls.append(1)\n    1 / ({call} - len(calls))\n    ret")
+        "calls = []\n" + good.replace("    ret", f"    calls.append(1)\n    1 / ({call} - len(calls))\n    ret")
     )
     with pytest.raises(RewardError, match=words):
         train(flags("run", **settings))
-    path.write_text(GOOD)
+    path.write_text(good)
     resumed, unbroken = train(flags("run", **settings, run__resume=True)), train(flags("other", **settings))
     one, other = (load_file(run.final / "model.safetensors") for run in (resumed, unbroken))
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -403,14 +427,40 @@ def test_a_fault_in_an_evaluation_loses_no_step(flags, tmp_path, prompts_file):
         assert [row["step"] for row in rows if "event" not in row] == [1, 2, 3]
 
 
-def test_an_evaluation_that_failed_is_not_replaced_by_an_older_one(flags, tmp_path, prompts_file):
-    """The last one, after step 3: the run's end must not report the model that nobody had trained."""
-    words = r"ZeroDivisionError(.|\n)*last good checkpoint is .*step-3"
-    settings = {"data__eval": [str(prompts_file)]}
-    resumed, unbroken = goes_on_once_mended(flags, tmp_path / "rewards.py", 5, words, **settings)
-    assert resumed[-1]["event"] == unbroken[-1]["event"] == "end"
-    assert "eval_reward_mean" in unbroken[-1]
-    assert not [name for name in resumed[-1] if name.startswith("eval_")]
+@pytest.mark.parametrize("call", [3, 4])  # in step 2, and in the evaluation after it
+def test_a_reward_draws_again_what_it_drew_before_it_failed(flags, tmp_path, prompts_file, call):
+    settings = {"data__eval": [str(prompts_file)], "run__eval_every": 2}
+    goes_on_once_mended(flags, tmp_path / "rewards.py", call, "ZeroDivisionError", DRAWS, **settings)
+
+
+@pytest.mark.parametrize("call", [3, 5])
+def test_an_evaluation_that_failed_is_made_up_for(flags, tmp_path, prompts_file, call):
+    """After step 1, where further steps follow, and the last one, after step 3: the run's end must not report the
+    model that nobody had trained."""
+    words = r"ZeroDivisionError(.|\n)*last good checkpoint is .*step-" + str(call - 2)
+    settings = {"data__eval": [str(prompts_file)], "run__eval_every": call - 2}
+    both = goes_on_once_mended(flags, tmp_path / "rewards.py", call, words, **settings)
+    measured = [[{k: v for k, v in row.items() if k in EVALUATED} for row in rows] for rows in both]
+    assert measured[0] == measured[1]
+    assert [row["step"] for row in both[0]] == [row["step"] for row in both[1]]
+    samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("run", "other")]
+    assert samples[0] == samples[1]
+    last = json.loads((tmp_path / "run" / "checkpoints" / "step-3" / "state.json").read_text())
+    assert last["evaluation_due"] == (call == 5)  # which was written when it failed
+
+
+def test_an_evaluation_that_fails_again_says_of_which_step_it_is(flags, tmp_path, prompts_file):
+    path = tmp_path / "rewards.py"
+    path.write_text(
+        "calls = []\n" + GOOD.replace("    return", "    calls.append(1)\n    1 / (3 - len(calls))\n    return")
+    )
+    settings = {"ppo__reward": [f"{path}:f"], "data__eval": [str(prompts_file)], "run__eval_every": 1}
+    with pytest.raises(RewardError, match=r"^step 1 of 3: "):
+        train(flags("run", **settings))
+    path.write_text(GOOD.replace("return", "return 1 / 0\n    return"))
+    with pytest.raises(RewardError, match=r"^the evaluation of step 1 of 3: .*ZeroDivisionError"):
+        train(flags("run", **settings, run__resume=True))
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0]
 
 
 def test_a_fault_before_training_is_named_as_such(flags, rewards, prompts_file):
