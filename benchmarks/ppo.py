@@ -106,7 +106,7 @@ def prepare(args: Any) -> None:
     """Write the prompts as our command reads them and, as token ids, as the rival gets them."""
     from rlhfkit.data.sources import load_records
     from rlhfkit.models.folder import open_model
-    from rlhfkit.models.load import load_text_side
+    from rlhfkit.models.text_side import load_text_side
 
     encoder = load_text_side(open_model(args.model)).encoder
     groups, _ = load_records(args.data, "sft", on_bad_row="skip")
@@ -336,8 +336,9 @@ def decode_ours(job: Job) -> Any:
     import torch
 
     from rlhfkit.models.folder import open_model
-    from rlhfkit.models.load import load_model, load_text_side
+    from rlhfkit.models.load import load_model
     from rlhfkit.models.sampling import SamplingSettings, sample_answers
+    from rlhfkit.models.text_side import load_text_side
     from rlhfkit.runtime.allocator import keep_freed_memory
 
     keep_freed_memory()  # as every run does

@@ -29,7 +29,7 @@ def prepare(args: Any) -> dict[str, Any]:
     from rlhfkit.data.batch import BatchOrder
     from rlhfkit.data.sources import load_records
     from rlhfkit.models.folder import open_model
-    from rlhfkit.models.load import load_text_side
+    from rlhfkit.models.text_side import load_text_side
 
     encoder = load_text_side(open_model(args.model)).encoder
     groups, _ = load_records(args.data, "sft", on_bad_row="skip")

@@ -76,3 +76,8 @@ class Interrupted(RlhfkitError):
     """Ctrl-C: the state was saved; the hint holds the command that goes on."""
 
     exit_code = 130
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, short enough for a line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -16,7 +16,7 @@ from conftest import make_model, read_metrics, write_jsonl
 from rlhfkit.chat.messages import Message
 from rlhfkit.config.load import load_config
 from rlhfkit.config.stages import RmConfig
-from rlhfkit.models.load import stored_head
+from rlhfkit.models.heads import stored_head
 from rlhfkit.models.scoring import RewardScorer
 from rlhfkit.stages import reward
 

@@ -15,8 +15,10 @@ from torch import nn
 
 from rlhfkit.errors import ModelError
 from rlhfkit.models.folder import ModelSource
-from rlhfkit.models.load import HEAD_NAMES, LoadedModel, base_model
+from rlhfkit.models.heads import HEAD_NAMES
+from rlhfkit.models.load import LoadedModel
 from rlhfkit.models.lora import STARTS_BESIDE_THE_BASE
+from rlhfkit.models.parts import base_model
 
 POLICY, REFERENCE, REWARD, VALUE = "default", "reference", "reward", "value"
 

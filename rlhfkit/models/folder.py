@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlhfkit.errors import ModelError
+from rlhfkit.errors import ModelError, first_line
 from rlhfkit.families.legacy import LegacyLayout
 
 RECORD = "rlhfkit.json"  # what a run of ours writes beside its weights
@@ -149,7 +149,7 @@ def _read_config(path: str) -> dict[str, Any]:
             ) from error
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         raise ModelError(
-            f"'{path}' is no folder here, and {endpoint} did not give it: {str(error).splitlines()[0]}",
+            f"'{path}' is no folder here, and {endpoint} did not give it: {first_line(error)}",
             hint="check the name; try a mirror with --hf-endpoint, or download the model and give its folder",
         ) from error
     return dict(config)

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from rlhfkit.data.packing import join, pack
 from rlhfkit.models.attention import takes_packed
 from rlhfkit.models.decoding import weights_laid_out
-from rlhfkit.models.load import base_model
+from rlhfkit.models.parts import base_model
 
 BLOCK = 512  # tokens of the vocabulary summed together when one is drawn
 

@@ -14,7 +14,9 @@ from torch import nn
 from rlhfkit import __version__
 from rlhfkit.errors import ModelError
 from rlhfkit.models.folder import RECORD
-from rlhfkit.models.load import LoadedModel, base_model, stored_head, vocabulary_layers
+from rlhfkit.models.heads import stored_head
+from rlhfkit.models.load import LoadedModel
+from rlhfkit.models.parts import base_model, vocabulary_layers
 from rlhfkit.models.vocabulary import rows_of_adapter
 from rlhfkit.repair.files import reason_to_copy
 

@@ -17,7 +17,9 @@ from rlhfkit.data.tokenize import fit_answers
 from rlhfkit.errors import ConfigError, ModelError
 from rlhfkit.models.adapters import REWARD, add_frozen_adapter, fits_on
 from rlhfkit.models.folder import RECORD, ModelSource, open_model
-from rlhfkit.models.load import LoadedModel, load_model, load_text_side, no_head, stored_head
+from rlhfkit.models.heads import no_head, stored_head
+from rlhfkit.models.load import LoadedModel, load_model
+from rlhfkit.models.text_side import load_text_side
 from rlhfkit.models.wrappers import AdapterRewardModel, RewardModel
 
 POOLING = "last_token"  # where a score is read; written into the record of a reward model

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from rlhfkit.errors import ModelError
+from rlhfkit.errors import ModelError, first_line
 from rlhfkit.models.folder import read_json_object
 from rlhfkit.repair.auto_map import code_files, owners
 from rlhfkit.repair.folder import INDEX_FILE, Folder
@@ -72,7 +72,7 @@ def _fetch_code(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.py", "*.json"], ignore_patterns=["*.index.json"]))
     except Exception as error:  # each layer of the hub client has its own errors
-        raise ModelError(f"the code of {name} could not be fetched: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"the code of {name} could not be fetched: {first_line(error)}") from error
 
 
 def _refuse_code_elsewhere(folder: Path, found: dict[str, str]) -> None:

@@ -18,7 +18,8 @@ from rlhfkit.data.batch import TokenBatch
 from rlhfkit.data.packing import Packed
 from rlhfkit.models.adapters import REFERENCE, VALUE, active_adapter
 from rlhfkit.models.attention import takes_packed
-from rlhfkit.models.load import backbone, base_model, disable_dropout, reward_head
+from rlhfkit.models.heads import reward_head
+from rlhfkit.models.parts import backbone, base_model, disable_dropout
 
 
 def hidden_states(model: Any, tokens: Packed, embedded: Tensor | None = None) -> Tensor:

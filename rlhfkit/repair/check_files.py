@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlhfkit.errors import FamilyError, RepairRefusedError
+from rlhfkit.errors import FamilyError, RepairRefusedError, first_line
 from rlhfkit.families.base import Family
 from rlhfkit.families.legacy import Sentencepiece, Tiktoken
 from rlhfkit.repair.auto_map import code_files, owners
@@ -19,7 +19,7 @@ from rlhfkit.repair.patient import ADAPTER_CONFIG, Finding, Patient, quiet, some
 from rlhfkit.repair.plan import is_interrupted
 from rlhfkit.repair.rules import CONFIG, TOKENIZER_CONFIG
 from rlhfkit.repair.tensors import is_lfs_pointer, torch_name
-from rlhfkit.repair.verify import first_line, is_remote
+from rlhfkit.repair.verify import is_remote
 
 
 def check_files(patient: Patient) -> Iterator[Finding]:

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 from rlhfkit.chat.messages import Message, Role
 from rlhfkit.chat.template import ChatEncoder, Template, load_template
-from rlhfkit.errors import TemplateError
+from rlhfkit.errors import TemplateError, first_line
 from rlhfkit.families.base import Family
 from rlhfkit.repair.files import is_vocabulary
 from rlhfkit.repair.patient import RECORD, Finding, Patient
 from rlhfkit.repair.rules import BEAMS_OFF, CONFIG, GENERATION_CONFIG, SAMPLING_OFF, TOKENIZER_CONFIG
-from rlhfkit.repair.verify import first_line, is_remote
+from rlhfkit.repair.verify import is_remote
 
 _TALK: tuple[tuple[Role, str], ...] = (
     ("user", "What is 1 + 2?\n\nSay it: {control}"),

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhfkit.errors import ModelError
+from rlhfkit.errors import ModelError, first_line
 from rlhfkit.models.folder import ModelSource
-from rlhfkit.models.load import HEAD_NAMES, base_model
+from rlhfkit.models.heads import HEAD_NAMES
 from rlhfkit.models.lora import STARTS_BESIDE_THE_BASE
+from rlhfkit.models.parts import base_model
 from rlhfkit.models.vocabulary import with_rows
 from rlhfkit.repair.folder import Folder
 from rlhfkit.repair.streamed import FileWeights, Read, empty, is_empty, outputs, plain_name, stream
@@ -170,8 +171,7 @@ class Merge:
             return config, empty(lambda: auto.from_config(config, dtype=torch.float32))
         except Exception as error:  # no class for the type, code of the folder's own, values out of range
             raise ModelError(
-                f"the base {self.folder.path} is no model that transformers builds by itself: "
-                f"{str(error).strip().splitlines()[0]}",
+                f"the base {self.folder.path} is no model that transformers builds by itself: {first_line(error)}",
                 hint="merge needs a base in a native layout; see: rlhfkit doctor " + str(self.folder.path),
             ) from error
 

@@ -11,13 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhfkit.errors import FamilyError, RepairRefusedError
+from rlhfkit.errors import FamilyError, RepairRefusedError, first_line
 from rlhfkit.families.base import Family
 from rlhfkit.families.registry import find_family
 from rlhfkit.repair.files import is_vocabulary
 from rlhfkit.repair.folder import Folder, WeightSet
 from rlhfkit.repair.rules import CONFIG
-from rlhfkit.repair.verify import first_line, is_remote
+from rlhfkit.repair.verify import is_remote
 
 ADAPTER_CONFIG = "adapter_config.json"
 RECORD = "rlhfkit.json"

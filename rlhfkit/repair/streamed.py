@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from rlhfkit.models.adapters import active_adapter
-from rlhfkit.models.load import backbone, base_model, reward_head
+from rlhfkit.models.heads import reward_head
+from rlhfkit.models.parts import backbone, base_model
 from rlhfkit.repair.folder import WeightSet
 from rlhfkit.repair.tensors import load_tensor
 

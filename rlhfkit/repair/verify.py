@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rlhfkit.errors import first_line
 from rlhfkit.repair.auto_map import code_files
 from rlhfkit.repair.files import imported_files, is_vocabulary
 from rlhfkit.repair.fit import is_tied, source_tensors, stray_tensors
@@ -198,11 +199,6 @@ def _encode(folder: Folder) -> list[int] | str:
     # The reason may come from any of several libraries; it is shown, never swallowed.
     except Exception as error:
         return first_line(error)
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of another library says, short enough for a line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _own_settings(src: Folder, dst: Folder) -> list[str]:

@@ -23,10 +23,12 @@ from rlhfkit.data.tokenize import TokenReport, make_rows, refuse_none
 from rlhfkit.errors import ConfigError, DataError, TemplateError
 from rlhfkit.models.folder import ModelSource, open_model
 from rlhfkit.models.kernels import chosen_kernels, refuse_kernels
-from rlhfkit.models.load import LoadedModel, Task, TextSide, load_model, load_text_side, parameter_counts
+from rlhfkit.models.load import LoadedModel, load_model
+from rlhfkit.models.parts import Task, parameter_counts
 from rlhfkit.models.precision import current_device
 from rlhfkit.models.reward_sources import WeightedReward, open_rewards
 from rlhfkit.models.sampling import SamplingSettings, sample_answers
+from rlhfkit.models.text_side import TextSide, load_text_side
 from rlhfkit.runtime.run import Run
 from rlhfkit.runtime.screen import Screen
 from rlhfkit.words import tr

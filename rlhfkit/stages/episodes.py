@@ -18,9 +18,9 @@ from torch import Tensor
 from rlhfkit.data.batch import TokenBatch
 from rlhfkit.data.packing import Tree, group_by_tokens, pack, part_ends, shared_beginning
 from rlhfkit.data.tokenize import PromptRow
-from rlhfkit.models.load import TextSide
 from rlhfkit.models.reward_sources import WeightedReward
 from rlhfkit.models.sampling import SamplingSettings, sample_answers
+from rlhfkit.models.text_side import TextSide
 from rlhfkit.models.wrappers import PolicyModel, PolicyOutput, reference_weights
 
 Floats = NDArray[np.float32]

@@ -18,9 +18,10 @@ from rlhfkit.data.records import PromptRecord
 from rlhfkit.data.sources import load_records
 from rlhfkit.errors import ConfigError, DataError, TemplateError
 from rlhfkit.models.folder import open_model
-from rlhfkit.models.load import LoadedModel, load_model, load_text_side
+from rlhfkit.models.load import LoadedModel, load_model
 from rlhfkit.models.precision import DTYPES, current_device, resolve_precision
 from rlhfkit.models.sampling import Answer, SamplingSettings, sample_answers
+from rlhfkit.models.text_side import load_text_side
 from rlhfkit.runtime.records import replace_text
 from rlhfkit.runtime.screen import Screen, quiet_libraries
 from rlhfkit.words import mark, told, tr

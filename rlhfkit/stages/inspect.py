@@ -30,7 +30,7 @@ from rlhfkit.data.prepare import Stretch, work_through
 from rlhfkit.data.records import Record
 from rlhfkit.data.sources import Place, SourceReport, locate, parse_items, refuse_unusable
 from rlhfkit.errors import ConfigError, DataError, TemplateError
-from rlhfkit.models.load import TextSide
+from rlhfkit.models.text_side import TextSide
 from rlhfkit.runtime.screen import Screen, quiet_libraries
 from rlhfkit.stages.common import fit_length, open_text_side
 from rlhfkit.words import mark, tr

@@ -28,24 +28,18 @@ from rlhfkit.data.batch import BatchOrder, collate, micro_batches
 from rlhfkit.data.packing import Tree, group_by_tokens
 from rlhfkit.data.tokenize import PairRow, PromptRow
 from rlhfkit.errors import ModelError
+from rlhfkit.models.adapter_folders import adapter_settings, add_lora
 from rlhfkit.models.adapters import POLICY, REWARD, add_frozen_shape, add_value_adapter, fits_on
 from rlhfkit.models.attention import use_packed_attention
 from rlhfkit.models.decoding import FEWEST_ROWS, MOST_BYTES, MOST_ROWS
 from rlhfkit.models.folder import ModelSource, open_model
 from rlhfkit.models.kernels import chosen_kernels, use_fast_layers
-from rlhfkit.models.load import (
-    LoadedModel,
-    Task,
-    TextSide,
-    adapter_settings,
-    add_lora,
-    backbone,
-    base_model,
-    parameter_counts,
-)
+from rlhfkit.models.load import LoadedModel
 from rlhfkit.models.lora import use_fast_lora
+from rlhfkit.models.parts import Task, backbone, base_model, parameter_counts
 from rlhfkit.models.precision import DTYPES, current_device, resolve_precision
 from rlhfkit.models.scoring import collate_conversations
+from rlhfkit.models.text_side import TextSide
 from rlhfkit.models.vocabulary import rows_for
 from rlhfkit.models.wrappers import LanguageModel, PolicyModel, RewardModel
 from rlhfkit.runtime.optim import choose_optimizer

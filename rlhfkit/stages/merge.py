@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlhfkit import __version__
 from rlhfkit.config.load import RESOLVED
-from rlhfkit.errors import CheckpointError, ConfigError, Interrupted, ModelError
+from rlhfkit.errors import CheckpointError, ConfigError, Interrupted, ModelError, first_line
 from rlhfkit.models.converted import kept_tokenizer
 from rlhfkit.models.folder import RECORD, ModelSource, open_model
 from rlhfkit.models.precision import DTYPES, current_device
@@ -125,7 +125,7 @@ def _local(base: str) -> Path:
         return Path(snapshot_download(base, allow_patterns=patterns + (["pytorch_model*.bin"] if pickles else [])))
     except Exception as error:  # each layer of the hub client has its own errors
         raise ModelError(
-            f"the base '{base}' is no folder here, and the hub did not give it: {str(error).splitlines()[0]}",
+            f"the base '{base}' is no folder here, and the hub did not give it: {first_line(error)}",
             hint="name its folder: --base FOLDER",
         ) from error
 

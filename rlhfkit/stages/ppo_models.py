@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from rlhfkit.config.stages import PpoConfig
+from rlhfkit.models.adapter_folders import load_frozen_adapter
 from rlhfkit.models.adapters import POLICY, REFERENCE, add_value_adapter, checkpoint_contexts
-from rlhfkit.models.load import LoadedModel, Task, backbone, base_model, load_frozen_adapter, load_model, reward_head
+from rlhfkit.models.heads import reward_head
+from rlhfkit.models.load import LoadedModel, load_model
+from rlhfkit.models.parts import Task, backbone, base_model
 from rlhfkit.models.reward_sources import ModelReward, WeightedReward
 from rlhfkit.models.scoring import RewardScorer
 from rlhfkit.models.wrappers import AdapterRewardModel, PolicyModel

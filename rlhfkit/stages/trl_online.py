@@ -18,7 +18,9 @@ from torch.utils.data import Sampler
 from rlhfkit.chat.messages import last_user_text
 from rlhfkit.config.stages import OnlineConfig
 from rlhfkit.data.tokenize import PromptRow
-from rlhfkit.models.load import LoadedModel, TextSide, base_model
+from rlhfkit.models.load import LoadedModel
+from rlhfkit.models.parts import base_model
+from rlhfkit.models.text_side import TextSide
 from rlhfkit.runtime.run import Run
 from rlhfkit.stages.common import load_rewards
 from rlhfkit.stages.ppo import prompts_of_step

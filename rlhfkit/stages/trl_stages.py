@@ -17,9 +17,10 @@ import torch
 
 from rlhfkit.config.stages import DpoConfig, KtoConfig, OnlineConfig, RmConfig, SftConfig, StageConfig
 from rlhfkit.data.batch import BatchOrder, TokenRow, collate, micro_batches
-from rlhfkit.models.load import LoadedModel, TextSide
+from rlhfkit.models.load import LoadedModel
 from rlhfkit.models.reward_sources import check_rewards
 from rlhfkit.models.save import save_model
+from rlhfkit.models.text_side import TextSide
 from rlhfkit.models.wrappers import LanguageModel, RewardModel
 from rlhfkit.runtime.run import Run, StageResult, finished_result, start_run
 from rlhfkit.stages.common import first_prompts, fit_length, load_for_training, open_text_side, read_rows, write_answers

@@ -16,8 +16,9 @@ from rlhfkit.chat.messages import Message
 from rlhfkit.chat.template import ChatEncoder, load_template
 from rlhfkit.config.blocks import LoraConfig
 from rlhfkit.models.folder import open_model
-from rlhfkit.models.load import load_model, load_text_side
+from rlhfkit.models.load import load_model
 from rlhfkit.models.sampling import SamplingSettings, sample_answers
+from rlhfkit.models.text_side import load_text_side
 from rlhfkit.repair.convert import convert, plan_conversion
 
 CONVERTED = (

@@ -20,8 +20,9 @@ from rlhfkit.config.blocks import LoraConfig
 from rlhfkit.data.batch import collate, token_row
 from rlhfkit.data.packing import Tree, join, pack
 from rlhfkit.models.folder import open_model
-from rlhfkit.models.load import LoadedModel, load_model, load_text_side
+from rlhfkit.models.load import LoadedModel, load_model
 from rlhfkit.models.sampling import SamplingSettings, sample_answers
+from rlhfkit.models.text_side import load_text_side
 from rlhfkit.models.vocabulary import grow_vocabulary
 from rlhfkit.models.wrappers import LanguageModel, hidden_states
 

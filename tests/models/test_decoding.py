@@ -14,7 +14,8 @@ from rlhfkit.config.blocks import LoraConfig
 from rlhfkit.models import decoding, kernels
 from rlhfkit.models.decoding import weights_laid_out
 from rlhfkit.models.folder import open_model
-from rlhfkit.models.load import load_model, load_text_side
+from rlhfkit.models.load import load_model
+from rlhfkit.models.text_side import load_text_side
 
 
 def layers() -> nn.Sequential:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhfkit.config.blocks import LoraConfig
 from rlhfkit.errors import ModelError
+from rlhfkit.models.adapter_folders import load_frozen_adapter
 from rlhfkit.models.adapters import (
     POLICY,
     REFERENCE,
@@ -25,7 +26,8 @@ from rlhfkit.models.adapters import (
     fits_on,
 )
 from rlhfkit.models.folder import open_model
-from rlhfkit.models.load import LoadedModel, load_frozen_adapter, load_model, load_text_side
+from rlhfkit.models.load import LoadedModel, load_model
+from rlhfkit.models.text_side import load_text_side
 
 IDS = torch.arange(5, 25).view(2, 10)
 

@@ -15,10 +15,12 @@ from rlhfkit.chat.messages import Message
 from rlhfkit.config.blocks import LoraConfig
 from rlhfkit.config.load import load_config
 from rlhfkit.config.stages import RmConfig, SftConfig
+from rlhfkit.models.adapter_folders import load_frozen_adapter
 from rlhfkit.models.adapters import POLICY, VALUE, active_adapter, add_value_adapter
 from rlhfkit.models.folder import open_model
-from rlhfkit.models.load import load_frozen_adapter, load_model, load_text_side
+from rlhfkit.models.load import load_model
 from rlhfkit.models.scoring import RewardScorer
+from rlhfkit.models.text_side import load_text_side
 from rlhfkit.stages import merge, reward, sft
 
 TEMPLATE = "llama3"  # four tokens that the tiny tokenizer has not

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from rlhfkit.config.blocks import LoraConfig
 from rlhfkit.data.batch import TokenBatch, collate, token_row
 from rlhfkit.models.folder import open_model
-from rlhfkit.models.load import load_model, load_text_side
+from rlhfkit.models.load import load_model
 from rlhfkit.models.lora import AdaptedLinear
+from rlhfkit.models.text_side import load_text_side
 from rlhfkit.models.wrappers import LanguageModel
 
 

@@ -19,7 +19,8 @@ from rlhfkit.data.packing import Packed, Tree, group_by_tokens, join, pack, part
 from rlhfkit.errors import ModelError
 from rlhfkit.models.attention import packed_attention, takes_packed
 from rlhfkit.models.folder import open_model
-from rlhfkit.models.load import load_model, load_text_side
+from rlhfkit.models.load import load_model
+from rlhfkit.models.text_side import load_text_side
 from rlhfkit.models.wrappers import LanguageModel, hidden_states
 
 

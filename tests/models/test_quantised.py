@@ -13,7 +13,8 @@ from rlhfkit.config.load import load_config
 from rlhfkit.config.stages import GenerateConfig, PpoConfig, RmConfig, SftConfig
 from rlhfkit.data.batch import collate, token_row
 from rlhfkit.models.folder import open_model
-from rlhfkit.models.load import load_model, load_text_side
+from rlhfkit.models.load import load_model
+from rlhfkit.models.text_side import load_text_side
 from rlhfkit.models.wrappers import LanguageModel
 from rlhfkit.stages import generate, ppo, reward, sft
 

@@ -21,7 +21,7 @@ from rlhfkit.chat.messages import Message
 from rlhfkit.config.load import load_config
 from rlhfkit.config.stages import RmConfig
 from rlhfkit.errors import ModelError
-from rlhfkit.models.load import reward_head
+from rlhfkit.models.heads import reward_head
 from rlhfkit.models.scoring import RewardScorer
 from rlhfkit.stages import reward
 

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from rlhfkit.errors import ModelError, RepairRefusedError
 from rlhfkit.models import trust
 from rlhfkit.models.folder import open_model
-from rlhfkit.models.load import load_model, load_text_side
+from rlhfkit.models.load import load_model
+from rlhfkit.models.text_side import load_text_side
 
 CODE = """
 import os

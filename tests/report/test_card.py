@@ -14,7 +14,7 @@ from conftest import read_metrics, run_card
 
 from rlhfkit.config.load import load_config
 from rlhfkit.config.stages import RmConfig, SftConfig
-from rlhfkit.models.load import stored_head
+from rlhfkit.models.heads import stored_head
 from rlhfkit.stages import reward, sft
 
 

@@ -18,7 +18,8 @@ from rlhfkit.config.load import load_config
 from rlhfkit.config.stages import SftConfig
 from rlhfkit.data.batch import TokenBatch, collate, token_row
 from rlhfkit.models.folder import open_model
-from rlhfkit.models.load import load_model, load_text_side
+from rlhfkit.models.load import load_model
+from rlhfkit.models.text_side import load_text_side
 from rlhfkit.models.wrappers import LanguageModel
 from rlhfkit.runtime.optim import Optimisation, StepResult
 from rlhfkit.runtime.run import Run, start_run

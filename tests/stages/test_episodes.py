@@ -21,8 +21,9 @@ from rlhfkit.data.records import PromptRecord
 from rlhfkit.data.tokenize import PromptRow, tokenize_prompts
 from rlhfkit.models import wrappers
 from rlhfkit.models.folder import open_model
-from rlhfkit.models.load import TextSide, load_model, load_text_side
+from rlhfkit.models.load import load_model
 from rlhfkit.models.sampling import SamplingSettings, sample_answers
+from rlhfkit.models.text_side import TextSide, load_text_side
 from rlhfkit.models.wrappers import PolicyModel, hidden_states, reference_weights
 from rlhfkit.stages.episodes import (
     Episode,

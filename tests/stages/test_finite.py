@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from rlhfkit.config.load import load_config
 from rlhfkit.config.stages import RmConfig, SftConfig
 from rlhfkit.errors import NonFiniteError
-from rlhfkit.models.load import TextSide
+from rlhfkit.models.text_side import TextSide
 from rlhfkit.models.wrappers import LanguageModel, RewardModel
 from rlhfkit.runtime.screen import Screen
 from rlhfkit.stages import reward, sft

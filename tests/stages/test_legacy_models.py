@@ -18,7 +18,7 @@ from rlhfkit.config.stages import GenerateConfig, PpoConfig, RmConfig, SftConfig
 from rlhfkit.errors import ConfigError, ModelError, RepairRefusedError
 from rlhfkit.models.converted import convert_weights
 from rlhfkit.models.folder import open_model
-from rlhfkit.models.load import load_text_side
+from rlhfkit.models.text_side import load_text_side
 from rlhfkit.repair.convert import convert, plan_conversion
 from rlhfkit.repair.convert_back import convert_back, plan_way_back
 from rlhfkit.repair.doctor import examine

@@ -23,8 +23,9 @@ from rlhfkit.data.batch import TokenBatch, collate, token_row
 from rlhfkit.errors import Interrupted
 from rlhfkit.models.adapters import POLICY, VALUE, active_adapter, add_value_adapter, checkpoint_contexts
 from rlhfkit.models.folder import open_model
-from rlhfkit.models.load import LoadedModel, load_model, load_text_side
+from rlhfkit.models.load import LoadedModel, load_model
 from rlhfkit.models.scoring import RewardScorer
+from rlhfkit.models.text_side import load_text_side
 from rlhfkit.models.wrappers import PolicyModel, reference_weights
 from rlhfkit.stages import ppo, reward, sft
 

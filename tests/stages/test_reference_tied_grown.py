@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rlhfkit.config.blocks import LoraConfig
 from rlhfkit.models.folder import open_model
-from rlhfkit.models.load import load_model, load_text_side
+from rlhfkit.models.load import load_model
+from rlhfkit.models.text_side import load_text_side
 from rlhfkit.models.wrappers import reference_weights
 from rlhfkit.stages.ppo_models import load_reference
 

@@ -21,7 +21,8 @@ from rlhfkit.config.stages import PpoConfig, RmConfig, SftConfig
 from rlhfkit.data.batch import TokenRow, collate
 from rlhfkit.errors import ConfigError
 from rlhfkit.models.folder import open_model
-from rlhfkit.models.load import load_model, load_text_side
+from rlhfkit.models.load import load_model
+from rlhfkit.models.text_side import load_text_side
 from rlhfkit.models.wrappers import LanguageModel
 from rlhfkit.stages import reward, sft
 
