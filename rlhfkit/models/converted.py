@@ -23,7 +23,6 @@ from rlhfkit.errors import ModelError
 from rlhfkit.families.base import Family
 from rlhfkit.families.legacy import LegacyLayout
 from rlhfkit.families.registry import installed_families
-from rlhfkit.models.folder import ModelSource
 from rlhfkit.repair.beside import beside
 from rlhfkit.repair.convert import (
     PROOF_FILE,
@@ -123,12 +122,12 @@ def bare_tokenizer(family: Family, path: str) -> Any:
     return make_tokenizer(family.bare_sentencepiece, Path(path))
 
 
-def kept_tokenizer(source: ModelSource) -> Any:
+def kept_tokenizer(layout: LegacyLayout | None, path: str) -> Any:
     """The tokenizer of a checkpoint in its own layout, whose class is code of the folder; None where data gives it."""
-    folder = Path(source.tokenizer_path)
-    if source.layout is None or (folder / "tokenizer.json").is_file():
+    folder = Path(path)
+    if layout is None or (folder / "tokenizer.json").is_file():
         return None
-    return make_tokenizer(source.layout.tokenizer, folder)
+    return make_tokenizer(layout.tokenizer, folder)
 
 
 def _described(plan: Conversion) -> str:

@@ -92,7 +92,7 @@ def _load_tokenizer(source: ModelSource, family: Family, trust_remote_code: bool
             f"{path} has no tokenizer: none of tokenizer.json, tokenizer.model, vocab.json is there",
             hint="copy them from the original model with: rlhfkit fix-checkpoint ORIGINAL_FOLDER " + path,
         )
-    if (own := kept_tokenizer(source) or bare_tokenizer(family, path)) is not None:
+    if (own := kept_tokenizer(source.layout, path) or bare_tokenizer(family, path)) is not None:
         return own
     code = code_options(path, trust_remote_code and source.layout is None)
     try:

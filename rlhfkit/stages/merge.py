@@ -161,14 +161,14 @@ def _token_ids(source: ModelSource) -> dict[str, int]:
     from transformers import AutoTokenizer
 
     path = source.tokenizer_path
-    tokenizer = kept_tokenizer(source) or AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    tokenizer = kept_tokenizer(source.layout, path) or AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     names = ("pad_token_id", "eos_token_id", "bos_token_id")
     return {name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name) is not None}
 
 
 def _carry(merge: Merge, run: Path, adapter: Path, folder: Path) -> None:
     """Tokenizer and template of the adapter, generation settings, value function, licence of the base, our record."""
-    if (own := kept_tokenizer(merge.source)) is not None:
+    if (own := kept_tokenizer(merge.source.layout, merge.source.tokenizer_path)) is not None:
         own.save_pretrained(folder)
     tokenizer = _local(merge.source.tokenizer_path)
     for origin in (adapter, tokenizer, merge.folder.path):

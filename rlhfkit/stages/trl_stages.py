@@ -24,7 +24,7 @@ from rlhfkit.models.text_side import TextSide
 from rlhfkit.models.wrappers import LanguageModel, RewardModel
 from rlhfkit.runtime.run import Run, StageResult, finished_result, start_run
 from rlhfkit.stages.common import first_prompts, fit_length, load_for_training, open_text_side, read_rows, write_answers
-from rlhfkit.stages.reward import STATISTICS_ROWS, Scored, held_out_metrics, pair_batches, score_pairs, score_record
+from rlhfkit.stages.pairs import STATISTICS_ROWS, Scored, held_out_metrics, pair_batches, score_pairs, score_record
 from rlhfkit.stages.trl_engine import (
     RowSampler,
     TrainerMixin,

@@ -23,7 +23,7 @@ from rlhfkit.config.stages import RmConfig
 from rlhfkit.errors import ModelError
 from rlhfkit.models.heads import reward_head
 from rlhfkit.models.scoring import RewardScorer
-from rlhfkit.stages import reward
+from rlhfkit.stages import pairs, reward
 
 CPU = torch.device("cpu")
 FORMS: dict[str, dict[str, Any]] = {
@@ -59,8 +59,8 @@ def train(model: Path, folder: Path, form: str, **flags: Any) -> Judge:
         return real(chosen, rejected, weights)
 
     with pytest.MonkeyPatch.context() as patch:
-        real = reward.evaluation_report
-        patch.setattr(reward, "evaluation_report", spy)
+        real = pairs.evaluation_report
+        patch.setattr(pairs, "evaluation_report", spy)
         result = reward.run(load_config(RmConfig, flags=given))
     return Judge(form, result.final, sorted(seen))
 

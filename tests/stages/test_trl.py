@@ -16,7 +16,7 @@ from rlhfkit.config.load import load_config
 from rlhfkit.config.stages import STAGES, GenerateConfig
 from rlhfkit.errors import CheckpointError, ConfigError, Interrupted, RewardError
 from rlhfkit.runtime.run import Run
-from rlhfkit.stages import generate, reward, sft, trl_stages
+from rlhfkit.stages import generate, pairs, reward, sft, trl_stages
 from rlhfkit.stages.trl_engine import TrainerMixin, rows_per_pass
 
 RUNS = {"sft": sft.run, "rm": reward.run}
@@ -156,9 +156,9 @@ def test_sft_ids_and_labels_are_those_of_our_own_stage(of: Make, monkeypatch: py
 @pytest.mark.parametrize("stage", ["rm", "dpo"])
 def test_pairs_are_those_of_our_own_stage(of: Make, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
-    collate = reward.collate_pairs
+    collate = pairs.collate_pairs
     with monkeypatch.context() as patch:
-        patch.setattr(reward, "collate_pairs", lambda rows, device: given.extend(rows) or collate(rows, device))
+        patch.setattr(pairs, "collate_pairs", lambda rows, device: given.extend(rows) or collate(rows, device))
         train("rm", of("rm", "ours", rm__engine="rlhfkit", data__eval=[], optim__batch_size=12))
     ours = {(*row.prompt.tolist(), *answer.tolist()) for row in given for answer in row.answers}
     seen = caught(monkeypatch)
