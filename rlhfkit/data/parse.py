@@ -57,6 +57,8 @@ ACCEPTED_FORMATS: dict[Stage, str] = {
 }
 
 OPEN_TURN = "the last user turn is left out, since no answer follows it"
+PROMPT_UNUSED = '"prompt" is not used: without an answer beside it, "text" is learned as it stands'
+INPUT_UNUSED = '"input" is not used: it belongs to an "instruction"'
 
 # The words of two faults that are counted apart; see fault_kind.
 _EMPTY_ANSWER = "the answer is empty"
@@ -154,11 +156,13 @@ def _parse_sft(row: RawRow, remarks: list[str]) -> SftRecord:
         text = text_of("text", fields["text"])
         if not text.strip():
             raise FieldFault("text", f"{found_words(text)} where text to learn is needed")
+        if fields.get("prompt") is not None:
+            remarks.append(PROMPT_UNUSED)
         return SftRecord(row.where, text=text)
     if len(names) == 1:
         messages = _learned_conversation(fields, names[0], remarks)
     else:
-        messages = _learned_pair(fields, *names)
+        messages = _learned_pair(fields, *names, remarks)
     return SftRecord(row.where, messages=messages)
 
 
@@ -177,8 +181,9 @@ def _learned_conversation(fields: Fields, name: str, remarks: list[str]) -> Conv
     return _with_system(fields, _with_history(fields, name, turns))
 
 
-def _learned_pair(fields: Fields, prompt_name: str, answer_name: str) -> Conversation:
+def _learned_pair(fields: Fields, prompt_name: str, answer_name: str, remarks: list[str]) -> Conversation:
     prompt = _prompt(fields, prompt_name)
+    _tell_unused_input(fields, remarks)
     answer = _answer(answer_name, fields[answer_name])
     if not answer.strip():
         raise FieldFault(answer_name, _EMPTY_ANSWER)
@@ -211,6 +216,7 @@ def _parse_preference(row: RawRow, remarks: list[str]) -> PreferenceRecord:
     prompt_name = _prompt_name(fields, ("messages", "conversations", "instruction", "question", "query"))
     if prompt_name is not None:
         prompt, answers = _answers_to(fields, prompt_name, found)
+        _tell_unused_input(fields, remarks)
     elif _is_pair(found):
         common, tails = _shared_beginning(found)
         prompt, answers = _with_system(fields, common), _last_turns(common, found, tails)
@@ -285,7 +291,7 @@ def _parse_labelled(row: RawRow, remarks: list[str]) -> LabelledRecord:
     if len(names) == 1:
         turns = _learned_conversation(fields, names[0], remarks)
     else:
-        turns = _learned_pair(fields, *names)
+        turns = _learned_pair(fields, *names, remarks)
     return LabelledRecord(row.where, turns[:-1], (turns[-1].content,), (_label(fields["label"]),))
 
 
@@ -326,6 +332,7 @@ def _parse_scored(row: RawRow, remarks: list[str]) -> PreferenceRecord:
     if len(names) == 1:
         *turns, answer = _learned_conversation(fields, names[0], remarks)
         return PreferenceRecord(row.where, prompt=tuple(turns), answers=(answer.content,))
+    _tell_unused_input(fields, remarks)
     return PreferenceRecord(row.where, prompt=_prompt(fields, names[0]), answers=(_answer(names[1], fields[names[1]]),))
 
 
@@ -403,6 +410,13 @@ def _instruction(fields: Fields) -> Message:
     if not instruction.strip():
         return Message("user", extra)
     return Message("user", f"{instruction}\n{extra}", input=extra)
+
+
+def _tell_unused_input(fields: Fields, remarks: list[str]) -> None:
+    """Of an ``input`` beside a prompt of another name; beside both, the prompt is known to repeat it."""
+    value = fields.get("input")
+    if fields.get("instruction") is None and isinstance(value, str) and value.strip():
+        remarks.append(INPUT_UNUSED)
 
 
 def _first_instance_input(instances: Any) -> str:

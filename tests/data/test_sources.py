@@ -364,3 +364,25 @@ def test_empty_answers_are_counted_apart() -> None:
     assert (source.rows_kept, source.rows_skipped, source.empty_answers.count) == (2, 3, 2)
     assert source.empty_answers.first == ["rows.jsonl:2", "rows.jsonl:4"]
     assert source.equal_answers.count == 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "row", "field"),
+    [
+        ("sft", {"prompt": "q", "input": "x", "response": "a"}, "input"),
+        ("kto", {"question": "q", "input": "x", "answer": "a", "label": True}, "input"),
+        ("rm", {"prompt": "q", "input": "x", "chosen": "a", "rejected": "b"}, "input"),
+        ("score", {"query": "q", "input": "x", "response": "a"}, "input"),
+        ("sft", {"prompt": "q", "text": "t"}, "prompt"),
+        # Used, empty, or known to stand in the prompt.
+        ("sft", {"instruction": "q", "input": "x", "output": "a"}, ""),
+        ("sft", {"prompt": "q", "input": " ", "response": "a"}, ""),
+        ("rm", {"prompt": "q x", "instruction": "q", "input": "x", "chosen": "a", "rejected": "b"}, ""),
+        ("sft", {"instruction": "q", "output": "a", "text": "t"}, ""),
+        ("sft", {"text": "t"}, ""),
+    ],
+)
+def test_a_field_of_another_format_that_is_not_used_is_told(stage: Any, row: dict[str, Any], field: str) -> None:
+    _, report = load_records([save("a.jsonl", row)], stage, on_bad_row="error")
+    said = report.sources[0].sentences()
+    assert [sentence.startswith(f'1 rows: "{field}" is not used: ') for sentence in said] == [True] * bool(field)
