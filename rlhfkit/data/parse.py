@@ -162,7 +162,7 @@ def _parse_sft(row: RawRow, remarks: list[str]) -> SftRecord:
     if len(names) == 1:
         messages = _learned_conversation(fields, names[0], remarks)
     else:
-        messages = _learned_pair(fields, *names, remarks)
+        messages = _learned_pair(fields, remarks, *names)
     return SftRecord(row.where, messages=messages)
 
 
@@ -181,7 +181,7 @@ def _learned_conversation(fields: Fields, name: str, remarks: list[str]) -> Conv
     return _with_system(fields, _with_history(fields, name, turns))
 
 
-def _learned_pair(fields: Fields, prompt_name: str, answer_name: str, remarks: list[str]) -> Conversation:
+def _learned_pair(fields: Fields, remarks: list[str], prompt_name: str, answer_name: str) -> Conversation:
     prompt = _prompt(fields, prompt_name)
     _tell_unused_input(fields, remarks)
     answer = _answer(answer_name, fields[answer_name])
@@ -291,7 +291,7 @@ def _parse_labelled(row: RawRow, remarks: list[str]) -> LabelledRecord:
     if len(names) == 1:
         turns = _learned_conversation(fields, names[0], remarks)
     else:
-        turns = _learned_pair(fields, *names, remarks)
+        turns = _learned_pair(fields, remarks, *names)
     return LabelledRecord(row.where, turns[:-1], (turns[-1].content,), (_label(fields["label"]),))
 
 
