@@ -188,8 +188,15 @@ def read_recipe(name: str) -> dict[str, Any]:
     path = find_recipe(name)
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), OnceLoader)
+    except yaml.MarkedYAMLError as error:
+        where = f"{path}:{error.problem_mark.line + 1}" if error.problem_mark else str(path)
+        context = f" ({error.context})" if error.context else ""
+        raise ConfigError(
+            f"{where}: this is no YAML: {error.problem}{context}",
+            hint="blocks are indented with blanks, never tabs; see examples/ and: rlhfkit init",
+        ) from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is no YAML: {str(error).replace(chr(10), ' ')}") from error
+        raise ConfigError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8: {error}") from error
     if raw is None:

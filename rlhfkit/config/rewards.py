@@ -14,6 +14,7 @@ from rlhfkit.errors import ConfigError
 
 HOW = "write FOLDER, path/to/file.py:function or http://host:port/path, each optionally =weight"
 _URL = re.compile(r"""(https?://)(?:[^\s/@'"]*@)?([^\s?'"]*)(\?[^\s'"]*)?""", re.IGNORECASE)
+_HOST = re.compile(r"[\w.-]+:\d+(/|$)")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf)", re.IGNORECASE)
 
 
@@ -41,7 +42,7 @@ def parse_reward(spec: str) -> RewardSpec:
     after one more ``=``: ``http://host/score?x=1=0.5``.
 
     Raises:
-        ConfigError: no name, a weight that is no number or 0, or a URL without a host.
+        ConfigError: no name, a weight that is no number or 0, a URL without a host, or a file without a function.
     """
     name, equals, weight = spec.rpartition("=")
     is_url = spec.lower().startswith(("http://", "https://"))
@@ -58,6 +59,12 @@ def parse_reward(spec: str) -> RewardSpec:
         value = math.nan
     if not math.isfinite(value) or value == 0:
         raise ConfigError(f"the reward '{spec}': its weight '{weight}' is not a number other than 0", hint=HOW)
+    if not is_url and name.endswith(".py"):
+        raise ConfigError(
+            f"the reward '{spec}' is a Python file without the name of a function", hint=f"write it as {name}:function"
+        )
+    if not is_url and _HOST.match(name) and not Path(name).expanduser().exists():
+        raise ConfigError(f"the reward '{spec}' is no URL: it has no http://", hint=f"write it as http://{name}")
     if not is_url:
         return RewardSpec("function" if _is_function(name) else "model", name, value)
     try:

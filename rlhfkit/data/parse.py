@@ -168,6 +168,7 @@ def _parse_sft(row: RawRow, remarks: list[str]) -> SftRecord:
 
 def _learned_conversation(fields: Fields, name: str, remarks: list[str]) -> Conversation:
     turns = conversation_of(name, fields[name])
+    _tell_unused_input(fields, name, remarks)
     if not any(turn.role == "assistant" for turn in turns):
         raise FieldFault(name, "there is no assistant turn to learn")
     if turns[-1].role == "user":
@@ -183,7 +184,7 @@ def _learned_conversation(fields: Fields, name: str, remarks: list[str]) -> Conv
 
 def _learned_pair(fields: Fields, remarks: list[str], prompt_name: str, answer_name: str) -> Conversation:
     prompt = _prompt(fields, prompt_name)
-    _tell_unused_input(fields, remarks)
+    _tell_unused_input(fields, prompt_name, remarks)
     answer = _answer(answer_name, fields[answer_name])
     if not answer.strip():
         raise FieldFault(answer_name, _EMPTY_ANSWER)
@@ -216,12 +217,12 @@ def _parse_preference(row: RawRow, remarks: list[str]) -> PreferenceRecord:
     prompt_name = _prompt_name(fields, ("messages", "conversations", "instruction", "question", "query"))
     if prompt_name is not None:
         prompt, answers = _answers_to(fields, prompt_name, found)
-        _tell_unused_input(fields, remarks)
     elif _is_pair(found):
         common, tails = _shared_beginning(found)
         prompt, answers = _with_system(fields, common), _last_turns(common, found, tails)
     else:
         raise _FormatFault("the row has ranked answers but no prompt", fields)
+    _tell_unused_input(fields, prompt_name, remarks)
     _check_answers([name for name, _ in found], answers)
     return PreferenceRecord(row.where, prompt=prompt, answers=answers, margin=_margin(fields.get("margin")))
 
@@ -332,7 +333,7 @@ def _parse_scored(row: RawRow, remarks: list[str]) -> PreferenceRecord:
     if len(names) == 1:
         *turns, answer = _learned_conversation(fields, names[0], remarks)
         return PreferenceRecord(row.where, prompt=tuple(turns), answers=(answer.content,))
-    _tell_unused_input(fields, remarks)
+    _tell_unused_input(fields, names[0], remarks)
     return PreferenceRecord(row.where, prompt=_prompt(fields, names[0]), answers=(_answer(names[1], fields[names[1]]),))
 
 
@@ -412,10 +413,12 @@ def _instruction(fields: Fields) -> Message:
     return Message("user", f"{instruction}\n{extra}", input=extra)
 
 
-def _tell_unused_input(fields: Fields, remarks: list[str]) -> None:
-    """Of an ``input`` beside a prompt of another name; beside both, the prompt is known to repeat it."""
+def _tell_unused_input(fields: Fields, prompt_name: str | None, remarks: list[str]) -> None:
+    """Of an ``input`` beside a prompt of another name. Beside ``instruction``, a ``prompt`` is known to repeat both."""
     value = fields.get("input")
-    if fields.get("instruction") is None and isinstance(value, str) and value.strip():
+    given = bool(value.strip()) if isinstance(value, str) else bool(value)
+    repeated = prompt_name == "prompt" and fields.get("instruction") is not None
+    if given and prompt_name != "instruction" and not repeated:
         remarks.append(INPUT_UNUSED)
 
 

@@ -107,7 +107,7 @@ def load_adapter(model: Any, source: ModelSource, task: Task, *, trainable: bool
             f"the adapter in {folder} does not fit its base: {type(error).__name__}: {why_unreadable(error)}"
         ) from error
     if trainable and lora is not None:
-        _refuse_other_lora(settings, lora, folder)
+        refuse_other_lora(settings, lora, folder)
     if not trainable:
         model.eval()
     return _trainable_in_float32(model)
@@ -141,7 +141,7 @@ def set_adapter_weights(model: Any, folder: str, name: str, further: Mapping[str
         )
 
 
-def _refuse_other_lora(settings: Any, lora: LoraConfig, folder: str) -> None:
+def refuse_other_lora(settings: Any, lora: LoraConfig, folder: str) -> None:
     """An adapter that goes on being trained keeps its shape; settings that say otherwise would have no effect."""
     targets = None if lora.targets == "auto" else {t.strip() for t in lora.targets.split(",")}
     given = (

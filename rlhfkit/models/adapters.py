@@ -31,14 +31,21 @@ def active_adapter(model: Any, name: str | None) -> Iterator[None]:
     for layer in layers:
         layer._disable_adapters = name is None
         if name is not None:
-            # A trained copy of an embedding belongs to one adapter; for the others the base's own is in force.
-            own = getattr(layer, "modules_to_save", None)
-            layer._active_adapter = [name] if own is None or name in own else []
+            layer._active_adapter = _in_force(layer, name)
     try:
         yield
     finally:
         for layer, adapter, disabled in before:
             layer._active_adapter, layer._disable_adapters = adapter, disabled
+
+
+def _in_force(layer: Any, name: str) -> list[str]:
+    """What a layer computes with under an adapter of this name; with nothing it is the base's own."""
+    own = getattr(layer, "modules_to_save", None)
+    if own is None or name in own:
+        return [name]
+    # A trained copy of an embedding belongs to one adapter; a value function goes beside the policy's.
+    return [POLICY] if name == VALUE and POLICY in own else []
 
 
 def current_adapter(model: Any) -> str | None:
@@ -91,7 +98,13 @@ def add_frozen_adapter(model: Any, folder: str, name: str) -> None:
     add_frozen_shape(model, folder, name)
     weights = {k: v for k, v in load_peft_weights(folder).items() if ".lora_" in k}
     set_peft_model_state_dict(model, weights, adapter_name=name)
-    own = [key for key, _ in model.named_parameters() if f".{name}." in f"{key}." and ".lora_" in key]
+    # A reward model has no head of the vocabulary: an adapter that has one beside it there has no weights for it.
+    beside = _of_vocabulary_head(model)
+    own = [
+        key
+        for key, p in model.named_parameters()
+        if f".{name}." in f"{key}." and ".lora_" in key and id(p) not in beside
+    ]
     if len(own) != len(weights):
         raise ModelError(
             f"the adapter in {folder} holds {len(weights)} LoRA weights where its configuration asks for {len(own)}",
@@ -127,8 +140,7 @@ def add_value_adapter(model: Any, start: str) -> None:
     model.add_adapter(VALUE, settings)
     parameters = dict(model.named_parameters())
     # A value is read before the head: what would train there never gets a gradient, for which DDP waits.
-    vocabulary_head = base_model(model).get_output_embeddings()
-    idle = set(map(id, vocabulary_head.parameters())) if vocabulary_head is not None else set()
+    idle = _of_vocabulary_head(model)
     with torch.no_grad():
         for name, parameter in parameters.items():
             if f".{VALUE}." in f"{name}." and ".lora_" in name:
@@ -136,6 +148,12 @@ def add_value_adapter(model: Any, start: str) -> None:
                 if id(parameter) not in idle:
                     trains.add(name)
     _restore(model, trains)
+
+
+def _of_vocabulary_head(model: Any) -> set[int]:
+    """The ids of the parameters in the layer that gives logits."""
+    head = base_model(model).get_output_embeddings()
+    return set(map(id, head.parameters())) if head is not None else set()
 
 
 def _trainable(model: nn.Module) -> set[str]:

@@ -130,10 +130,11 @@ def _read_config(path: str) -> dict[str, Any]:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-            raise ModelError(
-                f"{path} is no model folder: it has no config.json (found: {found})",
-                hint="a run's model is in its final/ folder; a broken one is mended by: rlhfkit fix-checkpoint SRC DST",
-            )
+            if (folder / "final").is_dir():
+                hint = f"this is the folder of a run; its model is {folder / 'final'}"
+            else:
+                hint = "a broken model folder is mended by: rlhfkit fix-checkpoint SRC DST"
+            raise ModelError(f"{path} is no model folder: it has no config.json (found: {found})", hint=hint)
         return read_json_object(folder / "config.json")
     from transformers import PretrainedConfig
 

@@ -77,11 +77,8 @@ def load_model(
         ModelError: weights that are missing, damaged or do not fit.
         ConfigError: LoRA settings that differ from those of the adapter folder that goes on being trained.
     """
-    if task == "causal" and source.is_reward_model:
-        raise ModelError(
-            f"{source.path} is a reward model: it scores answers and cannot write any",
-            hint="give the SFT or PPO model as --model; a reward model goes to: rlhfkit ppo --reward",
-        )
+    if task == "causal":
+        refuse_reward_model(source)
     if source.legacy:
         convert_weights(Path(source.base), Path(source.legacy))
     train_all = lora is not None and lora.rank == 0
@@ -121,6 +118,19 @@ def load_model(
     if gradient_checkpointing:
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return LoadedModel(model, text, source, notes, quantize)
+
+
+def refuse_reward_model(source: ModelSource) -> None:
+    """Refuse one where a model has to write.
+
+    Raises:
+        ModelError: it is a reward model.
+    """
+    if source.is_reward_model:
+        raise ModelError(
+            f"{source.path} is a reward model: it scores answers and cannot write any",
+            hint="give the SFT or PPO model as --model; a reward model goes to: rlhfkit ppo --reward",
+        )
 
 
 def _load_base(

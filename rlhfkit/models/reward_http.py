@@ -10,7 +10,7 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
@@ -34,13 +34,22 @@ class HttpReward:
         spec: the URL; a user and password in it are sent as basic authentication.
         timeout: seconds a server may be silent.
         retries: further tries after a failure that may pass.
+        columns: the names of the rows' other fields that are always posted; those of the rows in a request are, too.
+        say: shows a line when something is tried again.
         pause: waits that many seconds.
     """
 
     def __init__(
-        self, spec: RewardSpec, *, timeout: float, retries: int, pause: Callable[[float], None] = time.sleep
+        self,
+        spec: RewardSpec,
+        *,
+        timeout: float,
+        retries: int,
+        columns: Collection[str] = (),
+        say: Callable[[str], None] = lambda words: None,
+        pause: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.label = spec.label
+        self.label, self._columns, self._say = spec.label, columns, say
         self.timeout, self.retries, self._pause = timeout, retries, pause
         parts = urlsplit(spec.name)
         path, query = (quote(part, safe=_AS_THEY_ARE) for part in (parts.path, parts.query))
@@ -62,7 +71,7 @@ class HttpReward:
         scores: list[Any] = []
         for start in range(0, len(answers), ANSWERS_PER_REQUEST):
             part = slice(start, start + ANSWERS_PER_REQUEST)
-            found = self._ask(request_body(records[part], answers[part]))
+            found = self._ask(request_body(records[part], answers[part], self._columns))
             count = len(answers[part])
             if len(found) != count:
                 raise RewardError(f"the reward {self.label} returned {len(found)} scores for {count} answers")
@@ -71,12 +80,14 @@ class HttpReward:
 
     def _ask(self, body: bytes) -> list[Any]:
         for attempt in range(self.retries + 1):
-            if attempt:
-                self._pause(min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE))
             try:
                 return self._scores(self._post(body))
             except _PassingError as error:
                 failure = error
+            if attempt < self.retries:
+                seconds = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE)
+                self._say(f"the reward {self.label} {failure}; retry {attempt + 1} of {self.retries} in {seconds:g} s")
+                self._pause(seconds)
         tries = "once" if self.retries == 0 else f"{self.retries + 1} times"
         raise RewardError(
             f"the reward {self.label} {failure} (tried {tries})",
@@ -156,9 +167,9 @@ def check_reachable(spec: RewardSpec, timeout: float) -> None:
         ) from error
 
 
-def request_body(records: Sequence[PromptRecord], answers: Sequence[str]) -> bytes:
+def request_body(records: Sequence[PromptRecord], answers: Sequence[str], columns: Collection[str]) -> bytes:
     """The JSON that is posted."""
-    names = sorted({name for record in records for name in record.columns})
+    names = sorted({*columns, *(name for record in records for name in record.columns)})
     body = {
         "messages": [[m.with_input() for m in record.prompt] for record in records],
         "prompts": [last_user_text(record.prompt) for record in records],

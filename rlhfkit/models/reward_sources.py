@@ -9,7 +9,7 @@ import sys
 import traceback
 import types
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,10 +17,12 @@ from typing import Any, Protocol
 import torch
 
 from rlhfkit.chat.messages import last_user_text
+from rlhfkit.config.blocks import Kernels
 from rlhfkit.config.rewards import parse_reward, short_names
 from rlhfkit.data.records import PromptRecord
 from rlhfkit.errors import RewardError
 from rlhfkit.models.folder import open_model
+from rlhfkit.models.heads import no_head, stored_head
 from rlhfkit.models.load import LoadedModel
 from rlhfkit.models.reward_http import HttpReward, check_reachable
 from rlhfkit.models.scoring import RewardScorer
@@ -51,13 +53,17 @@ class FunctionReward:
     """``file.py:function``, called as ``reward(prompts, responses, **columns) -> list[float]``.
 
     ``prompts`` are the newest user turns, ``responses`` the answers' texts, ``columns`` lists of the rows' other
-    fields (of those, a function without ``**`` gets the ones it names).
+    fields (of those, a function without ``**`` gets the ones it names), with None for a row that has no such field.
+
+    Args:
+        spec: the file and the function.
+        columns: the names of the other fields of all rows that may come.
 
     Raises:
-        RewardError: no such file or function, or a function that does not take these words.
+        RewardError: no such file or function, one that does not take these words, or one that needs another column.
     """
 
-    def __init__(self, spec: str) -> None:
+    def __init__(self, spec: str, columns: Collection[str] = ()) -> None:
         path, _, name = spec.rpartition(":")
         self.spec = spec
         self._file = Path(path).expanduser()
@@ -74,20 +80,20 @@ class FunctionReward:
                 hint=f"write it as {SIGNATURE}",
             )
         self._named = set(named) - {"prompts", "responses"}
-        self._needed = {name for name in self._named if named[name].default is inspect.Parameter.empty}
-
-    def score(self, records: Sequence[PromptRecord], answers: Sequence[str]) -> Any:
         # A row's own "responses" is not what was sampled; the two names belong to us.
-        names = sorted({name for record in records for name in record.columns} - {"prompts", "responses"})
-        listed = ", ".join(names) or "none"
-        if absent := sorted(self._needed - set(names)):
+        self._columns = sorted(set(columns) - {"prompts", "responses"})
+        needed = {name for name in self._named if named[name].default is inspect.Parameter.empty}
+        if absent := sorted(needed - set(self._columns)):
+            listed = ", ".join(self._columns) or "none"
             raise RewardError(
                 f"the reward {self.spec} needs the column {absent[0]}, which the rows do not have",
                 hint=f"their other fields: {listed}; give the parameter a default, or the rows the field",
             )
+
+    def score(self, records: Sequence[PromptRecord], answers: Sequence[str]) -> Any:
         columns = {
             name: [record.columns.get(name) for record in records]
-            for name in names
+            for name in self._columns
             if self._takes_all or name in self._named
         }
         prompts = [last_user_text(record.prompt) for record in records]
@@ -228,6 +234,11 @@ class WeightedReward:
         return totals, components
 
     @property
+    def described(self) -> str:
+        """The sources with their weights, where these are not 1."""
+        return ", ".join(name if weight == 1 else f"{weight:g} x {name}" for name, weight, _ in self.sources)
+
+    @property
     def cut(self) -> list[bool]:
         """Of each answer scored last, whether a reward model saw a part of its conversation alone; empty without
         reward models."""
@@ -248,7 +259,21 @@ def check_rewards(specs: Sequence[str], timeout: float) -> None:
             path, _, name = spec.name.rpartition(":")
             read_reward_file(Path(path).expanduser(), name)
         else:
-            open_model(spec.name)
+            judge = open_model(spec.name)
+            folders = [Path(folder) for folder in (judge.adapter, judge.base) if folder]
+            # (A hub id that is not fetched yet, or weights of another format, are looked at when they are loaded.)
+            if any(folders[0].glob("*.safetensors")) and all(stored_head(folder) is None for folder in folders):
+                raise no_head(judge)
+
+
+def open_functions(specs: Sequence[str], columns: Collection[str]) -> dict[str, FunctionReward]:
+    """The reward functions among some specs, by name: what is wrong with one is found before a model is loaded.
+
+    Raises:
+        RewardError: see `FunctionReward`.
+    """
+    names = [spec.name for spec in map(parse_reward, specs) if spec.kind == "function"]
+    return {name: FunctionReward(name, columns) for name in names}
 
 
 def open_rewards(
@@ -261,11 +286,17 @@ def open_rewards(
     timeout: float,
     retries: int,
     packing: bool = True,
+    kernels: Kernels = "auto",
+    columns: Collection[str] = (),
+    functions: Mapping[str, FunctionReward] | None = None,
+    say: Callable[[str], None] = lambda words: None,
     policy: LoadedModel | None = None,
 ) -> WeightedReward:
     """Reward sources from their specs, each optionally ``=weight``.
 
     A reward model that is an adapter on the base of a LoRA ``policy`` is put there, and no second base is loaded.
+    ``columns`` are the names of the rows' other fields, for functions and servers; ``functions`` are those that are
+    open already; ``say`` shows a line of what is tried again.
 
     Raises:
         RewardError, ModelError: a source that is not there or cannot score.
@@ -275,9 +306,9 @@ def open_rewards(
     for spec in parsed:
         source: RewardSource
         if spec.kind == "function":
-            source = FunctionReward(spec.name)
+            source = (functions or {}).get(spec.name) or FunctionReward(spec.name, columns)
         elif spec.kind == "url":
-            source = HttpReward(spec, timeout=timeout, retries=retries)
+            source = HttpReward(spec, timeout=timeout, retries=retries, columns=columns, say=say)
         else:
             source = ModelReward(
                 RewardScorer(
@@ -287,6 +318,7 @@ def open_rewards(
                     micro_batch_tokens=micro_batch_tokens,
                     trust_remote_code=trust_remote_code,
                     packing=packing,
+                    kernels=kernels,
                     policy=policy,
                 )
             )

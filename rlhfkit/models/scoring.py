@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rlhfkit.chat.messages import Message
-from rlhfkit.config.blocks import Quantize
+from rlhfkit.config.blocks import Kernels, Quantize
 from rlhfkit.data.packing import Packed, Tree, group_by_tokens, join, pack, part_ends
 from rlhfkit.data.tokenize import fit_answers
 from rlhfkit.errors import ConfigError, ModelError
@@ -50,7 +50,7 @@ class RewardScorer:
         quantize: storage of its base; ``auto`` is as it was trained: an adapter fits the base it was trained on.
         max_length: longest row in tokens; 0 is what it was trained with.
         micro_batch_tokens: most tokens in one pass.
-        packing: as in `load_model`; on a policy's base it is the policy's.
+        packing, kernels: as in `load_model`; on a policy's base they are the policy's.
         policy: a LoRA policy, whose base the reward model uses if it is an adapter on the same one, stored alike.
 
     Raises:
@@ -68,6 +68,7 @@ class RewardScorer:
         micro_batch_tokens: int = 4096,
         trust_remote_code: bool = False,
         packing: bool = True,
+        kernels: Kernels = "auto",
         policy: LoadedModel | None = None,
     ) -> None:
         source = open_model(path)
@@ -89,7 +90,7 @@ class RewardScorer:
         else:
             self.loaded = load_model(
                 source, self.text, "reward", lora=None, dtype=dtype, quantize=self.quantize, device=device,
-                trust_remote_code=trust_remote_code, packing=packing,
+                trust_remote_code=trust_remote_code, packing=packing, kernels=kernels,
             )  # fmt: skip
             self.module = RewardModel(self.loaded.model).eval()
             if self.quantize == "none":

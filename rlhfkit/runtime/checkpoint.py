@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
-from accelerate.utils import DistributedType
+from accelerate.utils import RNG_STATE_NAME, DistributedType, load
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -107,6 +107,9 @@ def load_checkpoint(
         _sweep(folder.parent.parent)
     with readable(folder):
         state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        if read is None and state["world"] == accelerator.num_processes:
+            # Accelerate goes on without these where it cannot read them. (Further processes have none to read.)
+            load(folder / f"{RNG_STATE_NAME}_{accelerator.process_index}.pkl")
         read(folder) if read else _load_state(accelerator, folder)
     return state
 

@@ -193,15 +193,14 @@ class Run:
         self.tokens_total, self.seconds_total = int(state["tokens_total"]), float(state["seconds_total"])
         self._last = dict(state["last_metrics"])
         load_state(state["stage"])
-        # The record of a step whose evaluation failed is written again, with the evaluation in it.
-        self._truncate_records(self.step - self.evaluation_due)
+        self._truncate_records(self.step)
         self.screen.line(f"resumed from {folders[-1]}")
 
-    def _truncate_records(self, step: int) -> None:
-        """Drop what was recorded after the checkpoint: those steps are done again."""
+    def _truncate_records(self, step: int, *names: str) -> None:
+        """Drop what was recorded after a step, in these files or in all: it is done again."""
         if not self.is_main:
             return
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in names or ("metrics.jsonl", "samples.jsonl"):
             path = self.out / name
             if path.is_file():
                 kept = []
@@ -229,6 +228,8 @@ class Run:
         """
         if self.step and not self.evaluation_due:
             return
+        if self.step:  # a run that was killed since may have written them
+            self._truncate_records(self.step - 1, "samples.jsonl")
         try:
             found = evaluate()
         except RewardError as error:
@@ -239,6 +240,8 @@ class Run:
         self.evaluation_due = False
         if not found:
             return
+        if self.step:  # its record is written again, with the evaluation in it
+            self._truncate_records(self.step - 1, "metrics.jsonl")
         self.record({**self._last, **found} if self.step else {"event": "start", "step": 0, **found})
         name = next(name for name in shown if name in found)
         value = f"{found[name]:.4f}"
@@ -254,6 +257,10 @@ class Run:
             NonFiniteError: in fp16, gradients that no scale makes finite.
         """
         running = 0
+        if total < self.config.optim.max_steps:
+            self.screen.line(
+                f"note: {total} steps and not --max-steps {self.config.optim.max_steps}: the data ends there (--epochs)"
+            )
 
         def numbers() -> Iterator[int]:
             nonlocal running
@@ -314,7 +321,7 @@ class Run:
             evaluate: further metrics, called when an evaluation is due.
 
         Raises:
-            Interrupted: after Ctrl-C, with everything saved.
+            Interrupted: after Ctrl-C, with everything saved; not after the last step, which leaves the model to write.
             NonFiniteError: a loss or gradient is NaN or infinite.
         """
         run = self.config.run
@@ -347,7 +354,7 @@ class Run:
         stop = self._anyone_interrupted()
         if stop or step == total or (run.save_every and step % run.save_every == 0):
             self.save(state())
-        if stop:
+        if stop and step < total:
             raise Interrupted(f"stopped after step {step} of {total}; everything is saved", hint=self._resume_command())
 
     def _save_before_the_reward(self, stage_state: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate, chain, islice, pairwise, repeat
 from typing import Any, NamedTuple, TypeVar
@@ -19,14 +19,14 @@ from rlhfkit.config.stages import StageConfig
 from rlhfkit.data.prepare import Recipe, prepare_prompts, prepare_rows
 from rlhfkit.data.records import SftRecord
 from rlhfkit.data.sources import Mixed, Place, SourceReport, locate, mix, parse_items
-from rlhfkit.data.tokenize import TokenReport, make_rows, refuse_none
+from rlhfkit.data.tokenize import PromptRow, TokenReport, make_rows, refuse_none
 from rlhfkit.errors import ConfigError, DataError, TemplateError
 from rlhfkit.models.folder import ModelSource, open_model
 from rlhfkit.models.kernels import chosen_kernels, refuse_kernels
-from rlhfkit.models.load import LoadedModel, load_model
+from rlhfkit.models.load import LoadedModel, load_model, refuse_reward_model
 from rlhfkit.models.parts import Task, parameter_counts
 from rlhfkit.models.precision import current_device
-from rlhfkit.models.reward_sources import WeightedReward, open_rewards
+from rlhfkit.models.reward_sources import FunctionReward, WeightedReward, open_rewards
 from rlhfkit.models.sampling import SamplingSettings, sample_answers
 from rlhfkit.models.text_side import TextSide, load_text_side
 from rlhfkit.runtime.run import Run
@@ -62,6 +62,8 @@ def fit_length(config: ConfigT) -> ConfigT:
 def open_text_side(config: StageConfig) -> tuple[ModelSource, TextSide]:
     """The model's folder and its text side, before any weight is read: bad data is found in seconds."""
     source = open_model(config.model.path)
+    if config.stage != "rm":
+        refuse_reward_model(source)
     limit = source.positions
     if limit and config.data.max_length > limit:
         raise ConfigError(
@@ -158,6 +160,7 @@ def read_rows(config: StageConfig, specs: Sequence[str], text: TextSide, screen:
             for row in prompts:
                 said = [[m.content for m in row.record.prompt], dict(row.record.columns)]
                 digest.update(json.dumps(said, sort_keys=True, default=str).encode())
+                digest.update(row.prompt.tobytes())
             sources.append((name, place, prompts))
         else:
             store = prepare_rows(name, place, recipe, counting, screen.line)
@@ -179,8 +182,8 @@ def read_rows(config: StageConfig, specs: Sequence[str], text: TextSide, screen:
             )
     one_each = not (report.left_out or report.split or skipped)
     rows = SourceRows(sources, weights, config.run.seed, recipe, one_each=one_each)
-    say_report(screen, what, report)
     if specs:
+        say_report(screen, what, report)
         refuse_none(sum(len(group) for _, _, group in sources), report)
     if any(weight != 1 for weight in weights):
         screen.line(f"  by the weights of their sources {len(rows):,} rows an epoch")
@@ -293,8 +296,18 @@ def _chosen(
     return found
 
 
+def columns_of(rows: Iterable[PromptRow]) -> set[str]:
+    """The names of the rows' fields beside the prompt."""
+    return {name for row in rows for name in row.record.columns}
+
+
 def load_rewards(
-    config: StageConfig, block: RewardsBlock, run: Run, policy: LoadedModel | None = None
+    config: StageConfig,
+    block: RewardsBlock,
+    run: Run,
+    columns: Collection[str],
+    functions: Mapping[str, FunctionReward] | None = None,
+    policy: LoadedModel | None = None,
 ) -> WeightedReward:
     """The reward sources of a stage, on this run's device; see `open_rewards`."""
     return open_rewards(
@@ -306,6 +319,10 @@ def load_rewards(
         timeout=block.reward_timeout,
         retries=block.reward_retries,
         packing=config.optim.packing,
+        kernels=config.optim.kernels,
+        columns=columns,
+        functions=functions,
+        say=run.screen.line,
         policy=policy,
     )
 

@@ -61,8 +61,10 @@ def run(stage: str, *, model: str, family: str, memory_gib: float, out: Path | N
 
 
 def _billions(model: str) -> float:
-    """Size of a model: of a folder by its files, of a hub id by its name."""
+    """Size of a model: of a folder by its files, of a hub id by its name, of a LoRA folder by its base."""
     folder = Path(model)
+    if (folder / "adapter_config.json").is_file():
+        return _billions(open_model(model).base)
     if folder.is_dir():
         files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
         config = folder / "config.json"

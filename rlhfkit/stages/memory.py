@@ -28,7 +28,7 @@ from rlhfkit.data.batch import BatchOrder, collate, micro_batches
 from rlhfkit.data.packing import Tree, group_by_tokens
 from rlhfkit.data.tokenize import PairRow, PromptRow
 from rlhfkit.errors import ModelError
-from rlhfkit.models.adapter_folders import adapter_settings, add_lora
+from rlhfkit.models.adapter_folders import adapter_settings, add_lora, refuse_other_lora
 from rlhfkit.models.adapters import POLICY, REWARD, add_frozen_shape, add_value_adapter, fits_on
 from rlhfkit.models.attention import use_packed_attention
 from rlhfkit.models.decoding import FEWEST_ROWS, MOST_BYTES, MOST_ROWS
@@ -135,7 +135,8 @@ def estimate(
     # Of the device meta, tensors know neither autocast nor attention kernels; these know both, and are as empty.
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         module.to_empty(device="cpu").train()
-        base_model(model).tie_weights()
+        if not hasattr(base_model(model).get_output_embeddings(), "modules_to_save"):  # transformers cannot tie copies
+            base_model(model).tie_weights()
         batch, found.tokens = _largest(config, rows, device)
         kept = _kept(mode, module, batch, dtype, config)
         doubled, _ = _largest(config, rows, device, copies=2)
@@ -162,7 +163,9 @@ def estimate(
     if task == "causal":
         chunk = min(CHUNK_TOKENS // 2 if on_cpu else CHUNK_TOKENS, found.tokens)
         # Without entropies the head's gradient is a sum of its own, until it is scaled (`algo/logprobs.py`).
-        head = 8.0 * vocabulary * hidden if config.lora.rank == 0 and config.stage != "ppo" else 0.0
+        weights = base_model(model).get_output_embeddings().parameters()
+        trains = any(p.requires_grad and p.numel() >= vocabulary * hidden for p in weights)
+        head = 8.0 * vocabulary * hidden if trains and config.stage != "ppo" else 0.0
         if quantized and config.stage != "ppo":  # the head stays in 32 bits, and is cast where its gradient is made
             head += dtype.itemsize * vocabulary * hidden
         found.update["logits of one chunk"] = float(8 * chunk * vocabulary) + head
@@ -205,7 +208,8 @@ def _shell(
             hint="leave --plan out",
         ) from error
     tokens = max(tokens, int(source.record.get("vocab_rows", 0)))
-    shape.vocab_size = rows_for(tokens, shape.vocab_size)
+    stored_rows, shape.vocab_size = shape.vocab_size, rows_for(tokens, shape.vocab_size)
+    new_tokens = shape.vocab_size > stored_rows or bool(text.encoder.added_controls)
     auto = AutoModelForCausalLM
     if task == "reward":
         auto, shape.num_labels = AutoModelForSequenceClassification, 1
@@ -225,10 +229,11 @@ def _shell(
         before = {id(p) for p in model.parameters()}
         if source.adapter is not None:
             settings, _ = adapter_settings(model, source.adapter, task)
+            refuse_other_lora(settings, lora, source.adapter)
             settings.inference_mode = False
             model = get_peft_model(model, settings)
         else:
-            model = add_lora(model, task, lora, text, train_embeddings=False, base=source.base)
+            model = add_lora(model, task, lora, text, train_embeddings=new_tokens, base=source.base)
         stored += sum(4.0 * p.numel() for p in model.parameters() if id(p) not in before)
     inner = base_model(model)
     if optim.packing:

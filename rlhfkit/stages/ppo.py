@@ -29,13 +29,13 @@ from rlhfkit.data.batch import TokenBatch, share
 from rlhfkit.data.tokenize import PromptRow
 from rlhfkit.errors import CheckpointError, ConfigError, NonFiniteError
 from rlhfkit.models.adapters import VALUE
-from rlhfkit.models.reward_sources import WeightedReward, check_rewards
+from rlhfkit.models.reward_sources import WeightedReward, check_rewards, open_functions
 from rlhfkit.models.sampling import SamplingSettings
 from rlhfkit.models.save import save_model
 from rlhfkit.models.wrappers import PolicyOutput
 from rlhfkit.runtime.optim import Optimisation, StepResult
 from rlhfkit.runtime.run import Run, StageResult, finished_result, start_run
-from rlhfkit.stages.common import fit_length, load_for_training, load_rewards, open_text_side, read_rows
+from rlhfkit.stages.common import columns_of, fit_length, load_for_training, load_rewards, open_text_side, read_rows
 from rlhfkit.stages.episodes import (
     Episode,
     Rollout,
@@ -99,17 +99,21 @@ def run(config: PpoConfig) -> StageResult:
     run.note_data(digest, faults + more)
 
     # 2. Policy, reference, value function, rewards.
+    columns = columns_of((*rows, *held_out))
+    functions = open_functions(ppo.reward, columns)
     loaded = load_for_training(config, run, source, text, "causal")
     reference = load_reference(loaded, run)
-    reward = load_rewards(config, ppo, run, policy=loaded)
+    reward = load_rewards(config, ppo, run, columns, functions, policy=loaded)
     policy = load_policy(config, run, loaded, reward)
     run.screen.line(f"models held: {held(loaded, policy, reward)}")
+    run.screen.line(f"rewards: {reward.described}")
     settings = SamplingSettings(ppo.max_new_tokens, ppo.temperature, text.tokens.stop_ids, vocabulary=text.vocabulary)
 
     # 3. Optimiser and the state that a resume needs.
     per_step = ppo.rollout_size // ppo.samples_per_prompt  # prompts
     sizes = rollout_sizes(config, len(rows))
     total = len(sizes)
+    shown = (*SHOWN, *(f"reward/{name}" for name in reward.names if len(reward.names) > 1))
     minibatches = sum(-(-size // config.minibatch_size) for size in sizes)
     update = Optimisation(run.accelerator, policy, config.optim, minibatches * ppo.ppo_epochs)
     controller = KlController(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
@@ -191,7 +195,7 @@ def run(config: PpoConfig) -> StageResult:
             }
             controller.update(metrics["kl"], size)
             run.histogram("rewards", rollout.scores.tolist(), step)
-            run.finish_step(step, total, metrics, shown=SHOWN, state=state, evaluate=evaluate)
+            run.finish_step(step, total, metrics, shown=shown, state=state, evaluate=evaluate)
 
     # 5. The result.
     _save_value(update.module, run)
@@ -386,7 +390,9 @@ def _save_value(module: Any, run: Run) -> None:
     """The value function, in a folder of its own: other loaders would stumble over it beside the policy."""
     state = run.accelerator.get_state_dict(module)
     values = {
-        k: v.contiguous() for k, v in state.items() if k.startswith(("value_head", "value_trunk")) or f".{VALUE}." in k
+        k: v.contiguous()
+        for k, v in state.items()
+        if k.startswith(("value_head", "value_trunk")) or f".{VALUE}." in f"{k}."
     }
     if run.is_main and values:
         folder = run.out / "value"

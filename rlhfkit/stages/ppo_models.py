@@ -132,6 +132,10 @@ def held(loaded: LoadedModel, policy: PolicyModel, reward: WeightedReward) -> st
     for _, scorer in reward_models(reward):
         if not scorer.shared:
             stored = {"none": "16 bits"}.get(scorer.quantize, scorer.quantize)
-            why = f" on a base of its own, since it was trained on one in {stored}" if scorer.other_storage else ""
+            why = ""
+            if scorer.other_storage:
+                why = f" on a base of its own, since it was trained on one in {stored}"
+            elif loaded.is_lora and scorer.source.adapter and scorer.source.base == loaded.source.base:
+                why = " on a base of its own, since more than LoRA layers trained in it or in the policy"
             parts.append(f"the reward model {scorer.source.path}{why}")
     return "; ".join(parts)

@@ -38,6 +38,7 @@ def run(config: ScoreConfig, *, host: str, port: int) -> None:
     screen = Screen()
     # As in `score`: in float32, scores hardly depend on what they are computed beside.
     precision = "fp32" if config.precision == "auto" else config.precision
+    _refuse_address(host, port)
     scorer = RewardScorer(
         config.model,
         device=current_device(),
@@ -60,6 +61,31 @@ def run(config: ScoreConfig, *, host: str, port: int) -> None:
                 screen.line(f"ended after {server.answers:,} answers")
 
 
+def _refuse_address(host: str, port: int) -> None:
+    """Find out before the model is loaded whether a server can listen there.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    try:
+        with socket.socket(_family(host)) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except (OSError, OverflowError) as error:
+        raise _cannot_listen(host, port, error) from error
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def _cannot_listen(host: str, port: int, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"cannot listen at {host}, port {port}: {error}",
+        hint="give another --port (0 takes a free one), or a --host of this machine",
+    )
+
+
 class RewardServer(ThreadingHTTPServer):
     """Threads take requests; one at a time scores.
 
@@ -80,15 +106,11 @@ class RewardServer(ThreadingHTTPServer):
         self.facts = {"status": "ok", "rlhfkit": __version__, **facts, "max_length": scorer.max_length}
         self.scoring = threading.Lock()
         self.answers = 0
-        if ":" in address[0]:
-            self.address_family = socket.AF_INET6
+        self.address_family = _family(address[0])
         try:
             super().__init__(address, Handler)
         except (OSError, OverflowError) as error:
-            raise ConfigError(
-                f"cannot listen at {address[0]}, port {address[1]}: {error}",
-                hint="give another --port (0 takes a free one), or a --host of this machine",
-            ) from error
+            raise _cannot_listen(*address, error) from error
 
     def server_bind(self) -> None:
         # Not HTTPServer's, which asks the name service for this machine's name and may wait long for it.

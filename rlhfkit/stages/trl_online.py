@@ -22,7 +22,7 @@ from rlhfkit.models.load import LoadedModel
 from rlhfkit.models.parts import base_model
 from rlhfkit.models.text_side import TextSide
 from rlhfkit.runtime.run import Run
-from rlhfkit.stages.common import load_rewards
+from rlhfkit.stages.common import columns_of, load_rewards
 from rlhfkit.stages.ppo import prompts_of_step
 from rlhfkit.stages.trl_engine import TrainerMixin, arguments, numbered, optimizers, prepare_trainer, rows_per_pass
 
@@ -86,7 +86,7 @@ class Online:
         self.seconds_sampled = self.seconds_scored = 0.0
         self.answered: list[dict[str, Any]] = []  # in the evaluation that runs
         online, batch = config.rollouts, config.optim.batch_size
-        self.reward = load_rewards(config, online, run)
+        self.reward = load_rewards(config, online, run, columns_of((*rows, *held_out)))
         episodes = online.episodes or round(config.optim.epochs * len(rows)) * online.samples_per_prompt
         total = max(1, -(-episodes // batch))
         self.total = min(total, config.optim.max_steps) if config.optim.max_steps else total

@@ -42,6 +42,9 @@ def inputs(workplace: Path, tiny_model: Path) -> None:
     Path("words.txt").write_text("just words\n")
 
     Path("nothing").mkdir()
+    Path("ran/final").mkdir(parents=True)
+    shutil.copytree(tiny_model, "judge")
+    Path("judge/rlhfkit.json").write_text('{"stage": "rm"}')
     shutil.copytree(tiny_model, "silent", ignore=shutil.ignore_patterns("tokenizer*"))
     shutil.copytree(tiny_model, "cut")
     weights = Path("cut/model.safetensors")
@@ -104,6 +107,8 @@ MISTAKES = {
     # models
     "missing model": ("sft", "--model ./tyni", 1, ["no model folder at ./tyni", "tiny"]),
     "not a model folder": ("rm", "--model nothing", 1, ["nothing is no model folder: it has no config.json"]),
+    "a run as model": ("sft", "--model ran", 1, ["ran is no model folder", "its model is ran/final"]),
+    "a reward model as policy": ("ppo", "--model judge", 1, ["judge is a reward model: it scores answers"]),
     "a file as model": ("sft", "--model ./good.jsonl", 1, ["no model folder at ./good.jsonl"]),
     "no tokenizer": ("ppo", "--model silent", 1, ["silent has no tokenizer", "rlhfkit fix-checkpoint ORIGINAL_FOLDER"]),
     "weights cut short": ("sft", "--model cut", 1, ["the weights of ", "cut do not load"]),

@@ -77,6 +77,14 @@ def test_a_folder_is_weighed(tiny_model: Path, tmp_path: Path) -> None:
     assert "all weights" in written(tmp_path, "rm", model=str(tiny_model), memory_gib=2.5).read_text()
 
 
+def test_a_lora_folder_is_as_heavy_as_its_base(tiny_model: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tiny_model)}))
+    (adapter / "adapter_model.safetensors").write_bytes(b"x")
+    assert init._billions(str(adapter)) == init._billions(str(tiny_model)) > 1e-5
+
+
 @pytest.mark.parametrize(
     ("name", "billions"),
     [

@@ -327,11 +327,11 @@ def test_a_recipe_of_another_stage_is_refused_with_its_command() -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("optim: [1, 2", "a.yaml is no YAML: while parsing a flow sequence"),
+        ("optim: [1, 2", "a.yaml:1: this is no YAML: expected ',' or ']', but got '<stream end>' (while parsing"),
         ("- sft\n- rm\n", "a.yaml holds a list, not a mapping of blocks"),
         ("just words", "a.yaml holds a str, not a mapping of blocks"),
-        ("optim: {lr: 0.1}\nmodel: {path: m}\noptim: {epochs: 2}\n", "a.yaml is no YAML: 'optim' stands twice"),
-        ("optim: {lr: 0.1, lr: 0.2}\n", "a.yaml is no YAML: 'lr' stands twice"),
+        ("optim: {lr: 0.1}\nmodel: {path: m}\noptim: {epochs: 2}\n", "a.yaml:3: this is no YAML: 'optim' stands twice"),
+        ("optim: {lr: 0.1, lr: 0.2}\n", "a.yaml:1: this is no YAML: 'lr' stands twice"),
     ],
 )
 def test_a_file_that_is_no_recipe(content: str, words: str) -> None:

@@ -54,6 +54,9 @@ def test_a_folder_whose_name_holds_an_equals_sign(tmp_path: Path) -> None:
         ("", "has no name"),
         ("http://:80/x", "is no URL: it names no host"),
         ("http://host:port/x", "is no URL: Port could not be cast"),
+        ("127.0.0.1:8000/score", r"is no URL: it has no http://\n.*write it as http://127.0.0.1:8000/score"),
+        ("host:8000=2", r"is no URL: it has no http://\n.*write it as http://host:8000"),
+        ("a/rewards.py", r"Python file without the name of a function\n.*write it as a/rewards.py:function"),
     ],
 )
 def test_bad_specs(spec: str, words: str) -> None:

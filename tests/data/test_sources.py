@@ -366,6 +366,9 @@ def test_empty_answers_are_counted_apart() -> None:
     assert source.equal_answers.count == 0
 
 
+TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
 @pytest.mark.parametrize(
     ("stage", "row", "field"),
     [
@@ -373,6 +376,10 @@ def test_empty_answers_are_counted_apart() -> None:
         ("kto", {"question": "q", "input": "x", "answer": "a", "label": True}, "input"),
         ("rm", {"prompt": "q", "input": "x", "chosen": "a", "rejected": "b"}, "input"),
         ("score", {"query": "q", "input": "x", "response": "a"}, "input"),
+        ("sft", {"messages": TURNS, "input": "x"}, "input"),
+        ("score", {"conversations": TURNS, "input": ["x"]}, "input"),
+        ("rm", {"chosen": TURNS, "rejected": [TURNS[0], TURNS[0] | {"role": "assistant"}], "input": "x"}, "input"),
+        ("sft", {"question": "q", "answer": "a", "instruction": "i", "input": "x"}, "input"),
         ("sft", {"prompt": "q", "text": "t"}, "prompt"),
         # Used, empty, or known to stand in the prompt.
         ("sft", {"instruction": "q", "input": "x", "output": "a"}, ""),

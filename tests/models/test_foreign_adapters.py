@@ -10,10 +10,13 @@ import torch
 from conftest import make_model
 from peft import LoraConfig as PeftLora
 from peft import get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhfkit.config.blocks import LoraConfig
+from rlhfkit.config.load import load_config
+from rlhfkit.config.stages import PpoConfig
 from rlhfkit.errors import ModelError
 from rlhfkit.models.adapter_folders import load_frozen_adapter
 from rlhfkit.models.adapters import (
@@ -28,6 +31,7 @@ from rlhfkit.models.adapters import (
 from rlhfkit.models.folder import open_model
 from rlhfkit.models.load import LoadedModel, load_model
 from rlhfkit.models.text_side import load_text_side
+from rlhfkit.stages import ppo
 
 IDS = torch.arange(5, 25).view(2, 10)
 
@@ -131,3 +135,15 @@ def test_embedding_and_head_are_not_merged_into_one_tensor(
     with pytest.raises(ModelError, match="which are one tensor in") as caught:
         load(folder, 0)
     assert "rlhfkit merge" in caught.value.hint
+
+
+def test_a_value_function_is_saved_with_its_part_of_the_embedding(
+    base: Path, tmp_path: Path, settings: Any, prompts_file: Path
+) -> None:
+    started = adapter(base, tmp_path / "sft", target_modules=["embed_tokens", "q_proj"])
+    (tmp_path / "r.py").write_text("def f(prompts, responses):\n    return [0.0] * len(responses)\n")
+    changes = {"model__path": str(started), "lora__rank": 4, "ppo__value_model": "adapter", "ppo__max_new_tokens": 8}
+    changes |= {"data__train": [str(prompts_file)], "ppo__reward": [f"{tmp_path}/r.py:f"], "optim__max_steps": 1}
+    run = ppo.run(load_config(PpoConfig, flags=settings("run", **changes)))
+    saved = {name.rsplit("embed_tokens.")[-1] for name in load_file(run.out / "value" / "value.safetensors")}
+    assert {f"lora_embedding_A.{VALUE}", f"lora_embedding_B.{VALUE}"} <= saved

@@ -131,5 +131,7 @@ def test_a_value_function_goes_beside_an_embedding_that_grew(trained: Trained) -
     before = loaded.model(trained.ids).logits
     add_value_adapter(loaded.model, POLICY)
     torch.testing.assert_close(loaded.model(trained.ids).logits, before, rtol=0, atol=0)
-    with active_adapter(loaded.model, VALUE):
-        assert loaded.model(trained.ids).logits.isfinite().all()
+    with active_adapter(loaded.model, VALUE):  # it starts as the policy, whose embedding it shares
+        torch.testing.assert_close(loaded.model(trained.ids).logits, before, rtol=1e-5, atol=1e-6)
+    with active_adapter(loaded.model, None):
+        assert not torch.allclose(loaded.model(trained.ids).logits, before, atol=1e-3)

@@ -155,3 +155,12 @@ def test_signals_within_a_step(
     assert [p.name for p in Path("my run").glob("checkpoints/step-*")] == saved
     # The handlers are those of before: what follows in this process is stopped as usual.
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_signal_within_the_last_step_leaves_a_finished_run(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Run, "_refuse_non_finite", lambda self, record: os.kill(os.getpid(), signal.SIGINT))
+    assert run_main([*command, "--max-steps", "1"]) == 0
+    assert "done: my run/final" in capfd.readouterr().err
+    assert read_metrics("my run")[-1]["event"] == "end"

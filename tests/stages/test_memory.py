@@ -15,6 +15,7 @@ from rlhfkit.config.load import load_config
 from rlhfkit.config.stages import PpoConfig, RmConfig, SftConfig
 from rlhfkit.data.sources import load_records
 from rlhfkit.data.tokenize import tokenize_pairs, tokenize_prompts, tokenize_sft
+from rlhfkit.errors import ConfigError
 from rlhfkit.models.load import LoadedModel, load_model
 from rlhfkit.models.precision import DTYPES
 from rlhfkit.models.wrappers import LanguageModel, PolicyModel, RewardModel
@@ -121,6 +122,44 @@ def test_a_reward_model_that_goes_on_from_an_sft_adapter_can_be_planned(
     found, _, source, text = planned(config)
     weights = next(size for name, size in found.held.items() if name.startswith("weights of the"))
     assert weights == pytest.approx(held_by(loaded_for(config, source, text).model), rel=0.01)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_new_tokens_train_the_embedding_and_the_head(
+    stage: str, tied: bool, settings: Callable[..., Any], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    model = make_model(tmp_path / "model", tie_word_embeddings=tied)
+    data = request.getfixturevalue({"sft": "sft_file", "ppo": "prompts_file"}[stage])
+    more: dict[str, Any] = {"model__path": str(model), "data__train": [str(data)], "lora__rank": 4}
+    more |= {"model__template": "llama3"}  # whose tokens the model does not have
+    if stage == "ppo":
+        (tmp_path / "r.py").write_text("def f(prompts, responses):\n    raise SystemExit\n")
+        more |= {"ppo__reward": [f"{tmp_path}/r.py:f"], "ppo__max_new_tokens": 8}
+    cls: Any = {"sft": SftConfig, "ppo": PpoConfig}[stage]
+    config = load_config(cls, flags=settings("run", **more))
+    source, text = open_text_side(config)
+    assert text.encoder.added_controls
+    found, rows, *_ = planned(config)
+    loaded = loaded_for(config, source, text)
+    module = LanguageModel(loaded.model) if stage == "sft" else PolicyModel(loaded.model, "shared")
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert trained > 384 * 32 * (1 if tied else 2)
+    assert found.held[f"{memory.OPTIMISER} (adamw)"] == 8 * trained
+    weights = next(size for name, size in found.held.items() if name.startswith("weights of the"))
+    assert weights == pytest.approx(held_by(loaded.model), rel=0.01)
+    kept = next(size for name, size in found.update.items() if name.startswith("kept for"))
+    assert kept == pytest.approx(memory.SPARE * kept_by(module, config, rows), rel=0.02)
+
+
+def test_settings_that_an_adapter_does_not_have_are_refused_in_the_plan(
+    settings: Callable[..., Any], model: Path, sft_file: Path
+) -> None:
+    more = {"model__path": str(model), "data__train": [str(sft_file)], "lora__rank": 4}
+    tuned = sft.run(load_config(SftConfig, flags=settings("sft", **more))).final
+    config = load_config(SftConfig, flags=settings("run", **(more | {"model__path": str(tuned), "lora__rank": 8})))
+    with pytest.raises(ConfigError, match=r"lora\.rank: 8, but the adapter in .* has rank 4"):
+        planned(config)
 
 
 def test_a_quantised_base_takes_its_bytes(settings: Callable[..., Any], model: Path, sft_file: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,19 @@ def test_the_reward_adapter_scores_as_a_model_of_its_own(tiny_model: Path, rm_fo
     # The policy neither moved nor changed in what trains.
     torch.testing.assert_close(policy_logprobs(policy), before, rtol=0, atol=0)
     assert trainable(policy.model) == trains
+
+
+def test_a_reward_adapter_may_name_a_head_that_it_had_no_weights_for(tiny_model: Path, rm_folder: Path) -> None:
+    """As one has that went on from an SFT adapter beside the vocabulary's head."""
+    expected = scorer(rm_folder).score(PROMPTS, ANSWERS)
+    config = json.loads((rm_folder / "adapter_config.json").read_text())
+    config["target_modules"] += ["lm_head"]
+    (rm_folder / "adapter_config.json").write_text(json.dumps(config))
+    shared = scorer(rm_folder, lora_policy(tiny_model))
+    assert shared.shared
+    torch.testing.assert_close(
+        torch.tensor(shared.score(PROMPTS, ANSWERS)), torch.tensor(expected), rtol=1e-5, atol=1e-6
+    )
 
 
 def policy_logprobs(policy: LoadedModel) -> Tensor:
@@ -303,7 +317,7 @@ def test_everything_on_one_base_of_four_bits(
     )
     monkeypatch.setattr("rlhfkit.models.scoring.fits_on", lambda *_: False)
     apart = train(flags("apart", **changes, ppo__value_model="shared"))
-    assert f"the reward model {judge}\n" in capfd.readouterr().err
+    assert f"the reward model {judge} on a base of its own, since more than LoRA layers" in capfd.readouterr().err
     one, other = (read_metrics(r.out)[0] for r in (shared, apart))
     for name in ("reward_mean", "reward_std", "kl", "response_tokens"):
         assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5)

@@ -166,19 +166,24 @@ def test_episodes_that_do_not_divide_into_samples_are_refused(flags):
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_packing_is_on_or_off_in_all_models(flags, settings, pairs_file, monkeypatch, packing):
+def test_packing_and_kernels_are_those_of_all_models(flags, settings, pairs_file, monkeypatch, packing):
     judge = reward.run(load_config(RmConfig, flags=settings("rm", data__train=[str(pairs_file)]))).final
     seen = []
 
     def look(loaded: LoadedModel, policy: PolicyModel, rewards: WeightedReward) -> str:
         models = [loaded.model, policy.value_trunk, *(s.loaded.model for _, s in ppo_models.reward_models(rewards))]
-        seen.extend(takes_packed(model) for model in models)
+        seen.extend((takes_packed(model), _patched(model)) for model in models)
         return ""
 
     monkeypatch.setattr(ppo, "held", look)
     changes = {"ppo__value_model": "separate", "ppo__reward": [str(judge)], "optim__packing": packing}
+    changes["optim__kernels"] = "fused" if packing else "plain"
     train(flags("run", **changes, optim__max_steps=1))
-    assert seen == [packing] * 3
+    assert seen == [(packing, packing)] * 3
+
+
+def _patched(model: torch.nn.Module) -> bool:
+    return any("forward" in vars(module) for module in model.modules())
 
 
 def test_a_value_model_of_its_own_is_saved_whole(flags):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 from rlhfkit.config.load import load_config
 from rlhfkit.config.stages import PpoConfig, RmConfig
-from rlhfkit.errors import RewardError
+from rlhfkit.errors import CheckpointError, ModelError, RewardError
 from rlhfkit.models.reward_sources import FunctionReward
 from rlhfkit.models.scoring import RewardScorer
 from rlhfkit.runtime import checkpoint
@@ -191,7 +192,77 @@ def test_an_evaluation_that_fails_again_says_of_which_step_it_is(flags, tmp_path
     path.write_text(GOOD.replace("return", "return 1 / 0\n    return"))
     with pytest.raises(RewardError, match=r"^the evaluation of step 1 of 3: .*ZeroDivisionError"):
         train(flags("run", **settings, run__resume=True))
-    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0]
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1]
+
+
+@pytest.mark.parametrize("fault", ["absent", "cut"])
+def test_random_states_that_are_not_whole_are_refused(flags, tmp_path, fault):
+    train(flags("run", optim__max_steps=2, run__save_every=1))
+    shutil.rmtree(tmp_path / "run" / "final")
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-2", ignore_errors=True)
+    states = tmp_path / "run" / "checkpoints" / "step-1" / "random_states_0.pkl"
+    states.write_bytes(states.read_bytes()[:100]) if fault == "cut" else states.unlink()
+    with pytest.raises(CheckpointError, match=r"step-1 cannot be read: (.|\n)*delete this folder"):
+        train(flags("run", optim__max_steps=2, run__save_every=1, run__resume=True))
+
+
+def test_a_column_of_some_rows_is_there_for_all(flags, tmp_path):
+    """Whatever rows a rollout has: None stands for those without it."""
+    rows = [{"prompt": f"say one word {i}", **({"answer": "one"} if i == 0 else {})} for i in range(8)]
+    path = tmp_path / "rewards.py"
+    path.write_text(
+        "seen = []\n"
+        "def f(prompts, responses, answer):\n"
+        f"    open({str(tmp_path / 'seen')!r}, 'a').write(str(len(answer)) + str(set(map(type, answer))) + '\\n')\n"
+        "    return [1.0] * len(responses)\n"
+    )
+    data = [str(write_jsonl(tmp_path / "some.jsonl", rows))]
+    train(flags("run", data__train=data, ppo__reward=[f"{path}:f"], ppo__rollout_size=2, optim__batch_size=2))
+    seen = (tmp_path / "seen").read_text().splitlines()
+    assert {line[0] for line in seen} == {"2"}
+    assert any("str" in line for line in seen)
+    assert "2{<class 'NoneType'>}" in seen
+
+
+@pytest.mark.parametrize("function", ["colour", "questions", "CONSTANT"])
+def test_a_function_that_cannot_be_called_is_found_before_a_model_is_loaded(flags, rewards, function, monkeypatch):
+    monkeypatch.setattr(ppo, "load_for_training", None)
+    with pytest.raises(RewardError):
+        train(flags("run", ppo__reward=[f"{rewards}:{function}"]))
+
+
+def test_a_reward_model_without_a_head_is_found_before_anything_is_read(flags, tiny_model, monkeypatch):
+    monkeypatch.setattr(ppo, "open_text_side", None)
+    with pytest.raises(ModelError, match="has no reward head"):
+        train(flags("run", ppo__reward=[str(tiny_model)]))
+
+
+def test_the_screen_names_rewards_and_what_each_gives(flags, rewards, capfd):
+    reward_file = str(rewards)
+    train(flags("run", ppo__reward=[f"{reward_file}:length=2", f"{reward_file}:noisy"], optim__max_steps=1))
+    said = capfd.readouterr().err
+    assert f"rewards: 2 x {reward_file}:length, {reward_file}:noisy\n" in said
+    assert re.search(r"step 1/1 .* reward/rewards.py:length \S+  reward/rewards.py:noisy ", said)
+
+
+def test_data_that_ends_before_max_steps_is_told(flags, capfd):
+    train(flags("run", optim__max_steps=9))
+    assert "note: 3 steps and not --max-steps 9: the data ends there (--epochs)" in capfd.readouterr().err
+
+
+def test_other_tokens_are_other_data(flags, tmp_path):
+    """The words of both prompts are the same; what the template makes of them is not."""
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "say one word", "input": "good film"}] * 8)
+    settings = {"data__train": [str(data)], "model__template": "alpaca", "ppo__reward": [f"{tmp_path}/r.py:f"]}
+    settings |= {"data__max_length": 512}
+    (tmp_path / "r.py").write_text("def f(prompts, responses):\n    return [0.0] * len(responses)\n")
+    train(flags("run", **settings, optim__max_steps=1))
+    shutil.rmtree(tmp_path / "run" / "final")
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    write_jsonl(data, [{"instruction": "say one word\ngood film"}] * 8)
+    with pytest.raises(CheckpointError, match="the training data is not what it was"):
+        train(flags("run", **settings, optim__max_steps=1, run__resume=True))
 
 
 def test_a_fault_before_training_is_named_as_such(flags, rewards, prompts_file):

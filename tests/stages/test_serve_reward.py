@@ -203,8 +203,29 @@ def answering(*answers: tuple[int, bytes] | float, to: str = "") -> Iterator[tup
 GOOD = (200, b'{"scores": [0.5, -1]}')
 
 
-def ask(url: str, *, timeout: float = 20, retries: int = 0, pause: Callable[[float], None] = lambda _: None) -> Any:
-    return HttpReward(parse_reward(url), timeout=timeout, retries=retries, pause=pause).score(RECORDS, ANSWERS)
+def ask(
+    url: str,
+    *,
+    timeout: float = 20,
+    retries: int = 0,
+    pause: Callable[[float], None] = lambda _: None,
+    **more: Any,
+) -> Any:
+    return HttpReward(parse_reward(url), timeout=timeout, retries=retries, pause=pause, **more).score(RECORDS, ANSWERS)
+
+
+def test_retries_are_told() -> None:
+    said: list[str] = []
+    with answering((503, b""), (503, b""), GOOD) as (url, _):
+        ask(url, retries=2, say=said.append)
+    start = f"the reward {url} answered with status 503 Service Unavailable; retry "
+    assert said == [start + "1 of 2 in 1 s", start + "2 of 2 in 2 s"]
+
+
+def test_columns_that_no_row_of_a_request_has_are_null() -> None:
+    with answering(GOOD) as (url, requests):
+        ask(url, columns={"rare"})
+    assert requests[0][2]["columns"]["rare"] == [None, None]
 
 
 def test_what_is_sent() -> None:
