@@ -109,6 +109,7 @@ MISTAKES = {
     "not a model folder": ("rm", "--model nothing", 1, ["nothing is no model folder: it has no config.json"]),
     "a run as model": ("sft", "--model ran", 1, ["ran is no model folder", "its model is ran/final"]),
     "a reward model as policy": ("ppo", "--model judge", 1, ["judge is a reward model: it scores answers"]),
+    "the same, planned": ("ppo", "--model judge --plan", 1, ["judge is a reward model: it scores answers"]),
     "a file as model": ("sft", "--model ./good.jsonl", 1, ["no model folder at ./good.jsonl"]),
     "no tokenizer": ("ppo", "--model silent", 1, ["silent has no tokenizer", "rlhfkit fix-checkpoint ORIGINAL_FOLDER"]),
     "weights cut short": ("sft", "--model cut", 1, ["the weights of ", "cut do not load"]),

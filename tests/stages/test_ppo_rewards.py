@@ -181,6 +181,25 @@ def test_an_evaluation_that_failed_is_made_up_for(flags, tmp_path, prompts_file,
     assert last["evaluation_due"] == (call == 5)  # which was written when it failed
 
 
+def test_an_evaluation_that_was_made_up_for_in_vain_is_recorded_once(flags, tmp_path, prompts_file):
+    """After it the run ends again, before another step is saved: then it is done a second time."""
+    path = tmp_path / "rewards.py"
+    settings = {"ppo__reward": [f"{path}:f"], "data__eval": [str(prompts_file)], "run__eval_every": 1}
+    for call, resume in ((3, False), (2, True), (99, True)):
+        path.write_text(
+            "calls = []\n" + GOOD.replace("    ret", f"    calls.append(1)\n    1 / ({call} - len(calls))\n    ret")
+        )
+        try:
+            train(flags("run", **settings, run__resume=resume))
+        except RewardError:
+            assert call < 99
+    train(flags("other", **settings))
+    steps, expected = ([row["step"] for row in read_metrics(tmp_path / name)] for name in ("run", "other"))
+    assert steps == expected
+    samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("run", "other")]
+    assert samples[0] == samples[1]
+
+
 def test_an_evaluation_that_fails_again_says_of_which_step_it_is(flags, tmp_path, prompts_file):
     path = tmp_path / "rewards.py"
     path.write_text(
