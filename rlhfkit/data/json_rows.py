@@ -132,6 +132,8 @@ def _line_rows(path: Path, on_bad: OnBadRow) -> Iterator[RawRow]:
 
 
 def _line_error(where: str, text: str, error: Exception, *, last: bool) -> DataError:
+    if isinstance(error, json.JSONDecodeError) and error.lineno > 1:  # the parser looked behind the line's break
+        error.colno = len(text.rstrip()) + 1
     if last and (_ends_early(error) or not text.rstrip().endswith("}")):
         return _truncated(where, "the last line is cut short", error)
     if _ends_early(error):

@@ -384,6 +384,12 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         ),
         (
             "a.jsonl",
+            '{"a": 1}\n{"a": "b"\n',
+            "a.jsonl:2: the last line is cut short: "
+            "not valid JSON at column 10: Expecting ',' delimiter; the text ends there",
+        ),
+        (
+            "a.jsonl",
             '{"a": 1}\n{"a" 1}\n{"a": 1}\n',
             "a.jsonl:2: not valid JSON at column 6: Expecting ':' delimiter; the parser saw '1}'",
         ),
