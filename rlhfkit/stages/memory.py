@@ -155,7 +155,7 @@ def estimate(
 
     found.per_token = SPARE * found.per_token + BACKWARD_PER_TOKEN * widest
     # On a CPU they stay where they are between the updates (`runtime/optim.py`).
-    (found.held if on_cpu else found.update)[f"{GRADIENTS} ({trainable / 1e6:,.1f} million train)"] = 4.0 * trainable
+    (found.held if on_cpu else found.update)[f"gradients ({trainable / 1e6:,.1f} million train)"] = 4.0 * trainable
     if config.lora.rank == 0 and dtype != torch.float32:
         found.update["16-bit copies of the weights that train"] = float(dtype.itemsize * trainable)
     found.update[f"kept for the backward pass of {found.tokens:,} tokens"] = SPARE * kept
