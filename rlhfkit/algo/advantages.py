@@ -66,16 +66,13 @@ class Moments(NamedTuple):
 
 
 def moments(x: Tensor, mask: Tensor) -> Moments:
-    """Moments of the masked entries, in float64: the variance is a difference of large numbers.
-
-    They are on the CPU wherever ``x`` is, since not every device has float64.
-    """
-    kept = x[mask].cpu().double()
-    return Moments(torch.tensor(float(kept.numel()), dtype=torch.float64), kept.sum(), kept.square().sum())
+    """Moments of the masked entries, in float64: the variance is a difference of large numbers."""
+    kept = x[mask].double()
+    return Moments(mask.sum().double(), kept.sum(), kept.square().sum())
 
 
 def whiten(x: Tensor, mask: Tensor, m: Moments, eps: float = 1e-8) -> Tensor:
     """(x - mean) / std at the masked entries, 0 elsewhere; ``m`` are the moments of the whole batch."""
     mean = m.total / m.entries
     variance = (m.squares / m.entries - mean.square()).clamp(min=0.0)
-    return (x - mean.to(x)) * (variance + eps).rsqrt().to(x) * mask
+    return ((x - mean) * (variance + eps).rsqrt()).to(x.dtype) * mask

@@ -43,9 +43,8 @@ class RunningMoments:
         n = float(scores.numel())
         if n == 0:
             return
-        scores = scores.cpu().double()  # not every device has float64
-        mean = float(scores.mean())
-        squares = float((scores - mean).square().sum())
+        mean = float(scores.double().mean())
+        squares = float((scores.double() - mean).square().sum())
         total = self.count + n
         delta = mean - self.mean
         self.mean += delta * n / total

@@ -94,7 +94,6 @@ def add_frozen_adapter(model: Any, folder: str, name: str) -> None:
     """
     from peft import load_peft_weights, set_peft_model_state_dict
 
-    trains = _trainable(model)
     add_frozen_shape(model, folder, name)
     weights = {k: v for k, v in load_peft_weights(folder).items() if ".lora_" in k}
     set_peft_model_state_dict(model, weights, adapter_name=name)
@@ -110,7 +109,6 @@ def add_frozen_adapter(model: Any, folder: str, name: str) -> None:
             f"the adapter in {folder} holds {len(weights)} LoRA weights where its configuration asks for {len(own)}",
             hint="restore the folder, or train it again",
         )
-    _restore(model, trains)
 
 
 def add_frozen_shape(model: Any, folder: str, name: str) -> None:

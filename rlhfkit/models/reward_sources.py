@@ -287,16 +287,16 @@ def open_rewards(
     retries: int,
     packing: bool = True,
     kernels: Kernels = "auto",
-    columns: Collection[str] = (),
-    functions: Mapping[str, FunctionReward] | None = None,
+    columns: Collection[str],
+    functions: Mapping[str, FunctionReward],
     say: Callable[[str], None] = lambda words: None,
     policy: LoadedModel | None = None,
 ) -> WeightedReward:
     """Reward sources from their specs, each optionally ``=weight``.
 
     A reward model that is an adapter on the base of a LoRA ``policy`` is put there, and no second base is loaded.
-    ``columns`` are the names of the rows' other fields, for functions and servers; ``functions`` are those that are
-    open already; ``say`` shows a line of what is tried again.
+    ``columns`` are the names of the rows' other fields, for servers; ``functions`` come from `open_functions`; ``say``
+    shows a line of what is tried again.
 
     Raises:
         RewardError, ModelError: a source that is not there or cannot score.
@@ -306,7 +306,7 @@ def open_rewards(
     for spec in parsed:
         source: RewardSource
         if spec.kind == "function":
-            source = (functions or {}).get(spec.name) or FunctionReward(spec.name, columns)
+            source = functions[spec.name]
         elif spec.kind == "url":
             source = HttpReward(spec, timeout=timeout, retries=retries, columns=columns, say=say)
         else:

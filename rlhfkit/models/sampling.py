@@ -254,8 +254,6 @@ def draw(logits: Tensor, uniforms: Tensor, settings: SamplingSettings) -> Tensor
     """
     if settings.temperature == 0:
         return logits.argmax(dim=-1)
-    if logits.device.type == "mps":  # it has no float64
-        return draw(logits.cpu(), uniforms, settings).to(logits.device)
     uniforms = uniforms.to(logits.device, torch.float64)
     if settings.top_p < 1:
         weights = _nucleus(torch.softmax(logits / settings.temperature, dim=-1), settings.top_p)

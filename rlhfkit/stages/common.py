@@ -306,7 +306,7 @@ def load_rewards(
     block: RewardsBlock,
     run: Run,
     columns: Collection[str],
-    functions: Mapping[str, FunctionReward] | None = None,
+    functions: Mapping[str, FunctionReward],
     policy: LoadedModel | None = None,
 ) -> WeightedReward:
     """The reward sources of a stage, on this run's device; see `open_rewards`."""

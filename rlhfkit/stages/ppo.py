@@ -34,7 +34,8 @@ from rlhfkit.models.sampling import SamplingSettings
 from rlhfkit.models.save import save_model
 from rlhfkit.models.wrappers import PolicyOutput
 from rlhfkit.runtime.optim import Optimisation, StepResult
-from rlhfkit.runtime.run import Run, StageResult, finished_result, start_run
+from rlhfkit.runtime.run import Run, StageResult
+from rlhfkit.runtime.start import finished_result, start_run
 from rlhfkit.stages.common import columns_of, fit_length, load_for_training, load_rewards, open_text_side, read_rows
 from rlhfkit.stages.episodes import (
     Episode,

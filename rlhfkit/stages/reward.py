@@ -18,7 +18,8 @@ from rlhfkit.errors import NonFiniteError
 from rlhfkit.models.save import save_model
 from rlhfkit.models.wrappers import RewardModel
 from rlhfkit.runtime.optim import Optimisation
-from rlhfkit.runtime.run import StageResult, finished_result, start_run
+from rlhfkit.runtime.run import StageResult
+from rlhfkit.runtime.start import finished_result, start_run
 from rlhfkit.stages.common import SourceRows, fit_length, load_for_training, open_text_side, read_rows
 from rlhfkit.stages.finite import not_finite
 from rlhfkit.stages.pairs import (

@@ -20,7 +20,8 @@ from rlhfkit.errors import NonFiniteError
 from rlhfkit.models.save import save_model
 from rlhfkit.models.wrappers import LanguageModel
 from rlhfkit.runtime.optim import Optimisation
-from rlhfkit.runtime.run import StageResult, finished_result, start_run
+from rlhfkit.runtime.run import StageResult
+from rlhfkit.runtime.start import finished_result, start_run
 from rlhfkit.stages.common import (
     SourceRows,
     first_prompts,

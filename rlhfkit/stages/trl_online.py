@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -20,6 +20,7 @@ from rlhfkit.config.stages import OnlineConfig
 from rlhfkit.data.tokenize import PromptRow
 from rlhfkit.models.load import LoadedModel
 from rlhfkit.models.parts import base_model
+from rlhfkit.models.reward_sources import FunctionReward
 from rlhfkit.models.text_side import TextSide
 from rlhfkit.runtime.run import Run
 from rlhfkit.stages.common import columns_of, load_rewards
@@ -78,6 +79,7 @@ class Online:
         loaded: LoadedModel,
         rows: Sequence[PromptRow],
         held_out: Sequence[PromptRow],
+        functions: Mapping[str, FunctionReward],
         scratch: str,
     ) -> None:
         self.config, self.run, self.text, self.loaded = config, run, text, loaded
@@ -86,7 +88,7 @@ class Online:
         self.seconds_sampled = self.seconds_scored = 0.0
         self.answered: list[dict[str, Any]] = []  # in the evaluation that runs
         online, batch = config.rollouts, config.optim.batch_size
-        self.reward = load_rewards(config, online, run, columns_of((*rows, *held_out)))
+        self.reward = load_rewards(config, online, run, columns_of((*rows, *held_out)), functions)
         episodes = online.episodes or round(config.optim.epochs * len(rows)) * online.samples_per_prompt
         total = max(1, -(-episodes // batch))
         self.total = min(total, config.optim.max_steps) if config.optim.max_steps else total

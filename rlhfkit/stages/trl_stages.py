@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, NamedTuple
@@ -18,12 +18,21 @@ import torch
 from rlhfkit.config.stages import DpoConfig, KtoConfig, OnlineConfig, RmConfig, SftConfig, StageConfig
 from rlhfkit.data.batch import BatchOrder, TokenRow, collate, micro_batches
 from rlhfkit.models.load import LoadedModel
-from rlhfkit.models.reward_sources import check_rewards
+from rlhfkit.models.reward_sources import FunctionReward, check_rewards, open_functions
 from rlhfkit.models.save import save_model
 from rlhfkit.models.text_side import TextSide
 from rlhfkit.models.wrappers import LanguageModel, RewardModel
-from rlhfkit.runtime.run import Run, StageResult, finished_result, start_run
-from rlhfkit.stages.common import first_prompts, fit_length, load_for_training, open_text_side, read_rows, write_answers
+from rlhfkit.runtime.run import Run, StageResult
+from rlhfkit.runtime.start import finished_result, start_run
+from rlhfkit.stages.common import (
+    columns_of,
+    first_prompts,
+    fit_length,
+    load_for_training,
+    open_text_side,
+    read_rows,
+    write_answers,
+)
 from rlhfkit.stages.pairs import STATISTICS_ROWS, Scored, held_out_metrics, pair_batches, score_pairs, score_record
 from rlhfkit.stages.trl_engine import (
     RowSampler,
@@ -42,11 +51,12 @@ from rlhfkit.stages.trl_engine import (
 
 
 class Data(NamedTuple):
-    """Token rows, and what the held-out ones ask."""
+    """Token rows, what the held-out ones ask, and the reward functions of a stage that samples."""
 
     rows: Sequence[Any]
     held_out: Sequence[Any]
     asked: Sequence[Any]
+    functions: Mapping[str, FunctionReward]
 
 
 def run(config: StageConfig) -> StageResult:
@@ -64,7 +74,10 @@ def run(config: StageConfig) -> StageResult:
         source, text = open_text_side(config)
         rows, digest, faults = read_rows(config, config.data.train, text, run.screen, "training")
         held_out, _, more = read_rows(config, config.data.eval, text, run.screen, "held out")
-        data = Data(rows, held_out, first_prompts(config, config.data.eval))
+        functions = {}
+        if isinstance(config, OnlineConfig):
+            functions = open_functions(config.rollouts.reward, columns_of((*rows, *held_out)))
+        data = Data(rows, held_out, first_prompts(config, config.data.eval), functions)
         run.note_data(digest, faults + more)
 
         # 2. Model and trainer.
@@ -115,7 +128,7 @@ def _stage(config: Any, run: Run, text: TextSide, loaded: LoadedModel, data: Dat
     if isinstance(config, OnlineConfig):
         from rlhfkit.stages.trl_online import Online
 
-        return Online(config, run, text, loaded, data.rows, data.held_out, scratch)
+        return Online(config, run, text, loaded, data.rows, data.held_out, data.functions, scratch)
     make: Any = {"sft": Sft, "rm": Rm, "dpo": Dpo, "kto": Kto}[config.stage]
     return make(config, run, text, loaded, data, scratch)
 

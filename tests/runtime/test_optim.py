@@ -22,7 +22,8 @@ from rlhfkit.models.load import load_model
 from rlhfkit.models.text_side import load_text_side
 from rlhfkit.models.wrappers import LanguageModel
 from rlhfkit.runtime.optim import Optimisation, StepResult
-from rlhfkit.runtime.run import Run, start_run
+from rlhfkit.runtime.run import Run
+from rlhfkit.runtime.start import start_run
 
 
 class CountCasts(TorchDispatchMode):

@@ -28,7 +28,7 @@ from rlhfkit.data.tokenize import PromptRow
 from rlhfkit.models.sampling import SamplingSettings, sample_answers
 from rlhfkit.models.wrappers import PolicyModel
 from rlhfkit.runtime.optim import Optimisation, StepResult
-from rlhfkit.runtime.run import start_run
+from rlhfkit.runtime.start import start_run
 from rlhfkit.stages.episodes import Episode, Rollout, look_back, stack
 from rlhfkit.stages.ppo import Targets, UpdateBatch, _explained_variance, _shape_scores, _targets, _update
 
