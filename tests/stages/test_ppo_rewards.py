@@ -228,7 +228,7 @@ def test_random_states_that_are_not_whole_are_refused(flags, tmp_path, fault):
 
 def test_a_column_of_some_rows_is_there_for_all(flags, tmp_path):
     """Whatever rows a rollout has: None stands for those without it."""
-    rows = [{"prompt": f"say one word {i}", **({"answer": "one"} if i == 0 else {})} for i in range(8)]
+    rows = [{"prompt": f"say one word {i}", **({"answer": "one"} if i == 5 else {})} for i in range(8)]
     path = tmp_path / "rewards.py"
     path.write_text(
         "seen = []\n"

@@ -27,7 +27,7 @@ from conftest import read_metrics
 from rlhfkit.chat.messages import Message
 from rlhfkit.config.load import load_config
 from rlhfkit.config.rewards import parse_reward
-from rlhfkit.config.stages import PpoConfig, RmConfig
+from rlhfkit.config.stages import PpoConfig, RmConfig, ScoreConfig
 from rlhfkit.data.records import PromptRecord
 from rlhfkit.errors import ConfigError, RewardError
 from rlhfkit.models import reward_http
@@ -35,7 +35,7 @@ from rlhfkit.models.reward_http import ANSWERS_PER_REQUEST, HttpReward
 from rlhfkit.models.reward_sources import check_rewards
 from rlhfkit.models.scoring import RewardScorer
 from rlhfkit.runtime.screen import Screen
-from rlhfkit.stages import plan, ppo, report, reward
+from rlhfkit.stages import plan, ppo, report, reward, serve_reward
 from rlhfkit.stages.serve_reward import RewardServer
 
 CPU = torch.device("cpu")
@@ -142,6 +142,13 @@ def test_other_paths_and_bodies_without_a_length(served: str) -> None:
     with socket.create_connection((host, int(port)), timeout=20) as plain:
         plain.sendall(b"POST /score HTTP/1.1\r\nHost: h\r\n\r\n")
         assert plain.recv(100).startswith(b"HTTP/1.1 411 ")
+
+
+def test_a_taken_port_is_named_before_the_model_is_loaded(served: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = int(served.split(":")[2].split("/")[0])
+    monkeypatch.setattr(serve_reward, "RewardScorer", None)
+    with pytest.raises(ConfigError, match=f"cannot listen at 127.0.0.1, port {port}"):
+        serve_reward.run(ScoreConfig(model="any"), host="127.0.0.1", port=port)
 
 
 def test_a_taken_port_is_named(served: str, scorer: RewardScorer) -> None:
